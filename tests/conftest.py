@@ -1,0 +1,61 @@
+"""What several test files use: the project's folders, and a browser that looks at pages."""
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/"nbs"
+NO_BROWSER = "pages are looked at in a browser: apt-get update && apt-get install -y chromium chromium-driver"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000"]
+
+# The text that a reader sees outside of code: formulas left as TeX would stand there.
+PROSE = """
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), parts = [];
+for (let node = walker.nextNode(); node; node = walker.nextNode())
+  if (!node.parentElement.closest('pre, code, script, style, noscript, template, math annotation')) parts.push(node.data);
+return parts.join('\\n');
+"""
+BROKEN_IMAGES = "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src.slice(0, 120));"
+
+
+def check_page(browser, url: str) -> list[str]:
+    "Open a page (http://… or file://…) and list what is wrong with it; an empty list is a good page."
+    for kind in ("browser", "performance"): browser.get_log(kind)   # what earlier pages left
+    browser.get(url)
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.readyState") == "complete")
+    problems = [f"broken image {src}" for src in browser.execute_script(BROKEN_IMAGES)]
+    prose = browser.execute_script(PROSE)
+    if len(prose.split()) < 5: problems.append("the page is empty")
+    problems += [f"TeX in the text: {tex}" for tex in re.findall(r"\\[A-Za-z]{2,}.{0,40}|\$[^$\s][^$\n]*\$|\\[(\[].{0,40}", prose)]
+    problems += [f"console: {entry['message']}" for entry in browser.get_log("browser")
+                 if entry["level"] == "SEVERE" and "favicon.ico" not in entry["message"]]
+    for entry in browser.get_log("performance"):
+        event = json.loads(entry["message"])["message"]
+        if event["method"] != "Network.requestWillBeSent": continue
+        asked = event["params"]["request"]["url"]
+        if urlsplit(asked).scheme in ("http", "https", "ws", "wss") and urlsplit(asked).netloc != urlsplit(url).netloc:
+            problems.append(f"asks another host: {asked}")
+    return problems
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    "A headless Chromium with an empty profile."
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not (chromium and driver): (pytest.fail if os.environ.get("CI") else pytest.skip)(NO_BROWSER)
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]: options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=Service(driver))
+    yield browser
+    browser.quit()
