@@ -1,0 +1,85 @@
+"""The page that `make bench` writes, from its numbers."""
+from statistics import median
+
+TIME_BAR, MEMORY_BAR = 1.10, 32   # times the plain pass; MB above it
+NAMES = dict(hidden_states="transformers {}, `output_hidden_states=True`", captum="captum {}, `LayerActivation`",
+             nnsight_saved="nnsight {}, outputs saved", nnsight_reduced="nnsight {}, reduced inside the trace", collect_output="avss_nb, output alone")
+
+def row(*cells) -> str: return "| " + " | ".join(map(str, cells)) + " |"
+
+def head(*titles) -> str: return row(*titles) + "\n" + row(*["---"] * len(titles))
+
+def against(figure: float, bar: float, unit: str = "") -> tuple[str, str]:
+    "A bar, and whether the figure meets it."
+    return f"≤ {bar:g}{unit}" if unit else f"≤ {bar:.2f}", "yes" if figure <= bar else "**no**"
+
+def ratios(over: list[float], under: list[float]) -> list[float]:
+    "Ratio of each pair, ascending."
+    return sorted(a / b for a, b in zip(over, under, strict=True))
+
+def spread(values: list[float]) -> str: return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+def above(peaks: list[float], forward: list[float]) -> float:
+    "MB that a median peak lies above the plain pass's."
+    return median(peaks) - median(forward)
+
+def relative(values: list[float], true: list[float]) -> float:
+    "Largest relative difference."
+    return max(abs(v - t) / abs(t) for v, t in zip(values, true, strict=True))
+
+def time_rows(results: dict) -> list[str]:
+    taken = results["overhead"]
+    to = {name: ratios(taken["collect"], taken[name]) for name in ("forward", "whole_forward")}
+    label = dict(forward="Time of `collect_stats` over the pass through the blocks alone", whole_forward="Time of `collect_stats` over the whole forward pass, with the head")
+    return [row(label[name], spread(r), *against(median(r), TIME_BAR)) for name, r in to.items()]
+
+def memory_rows(results: dict) -> list[str]:
+    def label(rows, n): return f"Peak memory above the forward pass's own, {n} batch{'es' * (n > 1)} of {rows}×{results['length']}"
+    def figure(peaks): return above(peaks["collect"], peaks["forward"])
+    return [row(label(*results["sizes"][size]), f"{figure(peaks):.1f} MB (forward {median(peaks['forward']):.0f} MB)", *against(figure(peaks), MEMORY_BAR, " MB"))
+            for size, peaks in results["memory"].items()]
+
+def leave_one_out_rows(results: dict) -> list[str]:
+    found = results["leave_one_out"]
+    seconds, damage = found["seconds"], found["damage"]
+    return [row("Leave-one-out with reused hidden states: time over the naive way, 1,024 tokens", f"{seconds['reused'] / seconds['naive']:.3f} ({seconds['reused']:.0f} s, {seconds['naive']:.0f} s)", "< 1", "yes" if seconds["reused"] < seconds["naive"] else "**no**"),
+            row("… largest relative difference of a layer's damage", f"{relative(damage['reused'], damage['naive']):.1e}", "–", "")]
+
+def rival_row(name: str, found: dict, results: dict, ours: list[float]) -> str:
+    title = NAMES[name].format(found.get("version", ""))
+    if "error" in found: return row(title, f"failed: {found['error']}", "", "", "")
+    memory = above([found["peak"]], results["memory"]["base"]["forward"])
+    return row(title, spread(ratios(found["seconds"]["work"], found["seconds"]["forward"])), f"{memory:.0f} MB",
+               f"{relative(found['variance'][:-1], ours[:-1]):.0e}", f"{relative(found['variance'][-1:], ours[-1:]):.0e}")
+
+def page(results: dict) -> str:
+    "The whole page."
+    m, rivals = results["machine"], results["rivals"]
+    ours, last, size = rivals["collect_output"]["variance"], rivals["hidden_states"]["variance"], f"{results['sizes']['base'][0]}×{results['length']}"
+    return f"""# Measurements
+
+Written by `make bench`. {m['cpu']}, {m['cores']} cores, torch {m['versions']['torch']} with {m['threads']} threads, transformers {m['versions']['transformers']}, Python {m['python']}.
+SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding. While the times were taken other processes used {results['others']:.1%} of the CPU.
+
+## Against the bars
+
+`collect_stats` at two reading points (`output`, `relative_update`): float64 sums and the histogram.
+
+{head("measured", "figure", "bar", "met")}
+{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results))}
+
+## Beside other libraries
+
+The same work for each: the variance of every block's output, one batch of {size} tokens, no output head. Time is over the plain pass through the blocks, memory above it; the variance is compared with avss_nb's.
+
+{head("library", "time ratio", "memory above the pass", "variance off, all layers but the last", "variance off, last layer")}
+{chr(10).join(rival_row(name, found, results, ours) for name, found in rivals.items())}
+
+The last hidden state of `output_hidden_states` comes after the final norm: it gives the last layer a variance of {last[-1]:.4g}, and the block's output has {ours[-1]:.4g}.
+
+How it was measured:
+
+- Time: median ratio of {len(results['overhead']['forward'])} rounds in one process after a warm-up, runs in turn and every other round in the opposite order (in brackets the smallest and largest); {len(rivals['collect_output']['seconds']['work'])} pairs for each library, in a process of its own.
+- Memory: every figure from a fresh process, `VmHWM` of /proc/self/status (the kernel's own peak, reset after loading, a tiny warm-up and one read of every weight) less the resident memory before; median of {len(results['memory']['base']['forward'])} processes for the first size, one for the others. glibc's allocator as it comes.
+- The table's numbers in full: results.json.
+"""

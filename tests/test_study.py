@@ -1,0 +1,105 @@
+"The command `avss_study`, from a model folder to a report, on a tiny random model."
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+from conftest import check_page
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from avss_nb.models import load_model
+from avss_nb.study import load_study, run_study
+
+SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48"]
+TABLES = ["profile", "scores", "removal", "sensitivity"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    "Eight random Llama blocks with the bundled tokenizer."
+    folder, tokenizer = tmp_path_factory.mktemp("model"), load_model()[1]
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+                         vocab_size=len(tokenizer))
+    for part in (LlamaForCausalLM(config), tokenizer): part.save_pretrained(folder)
+    return folder
+
+
+def command(model_folder, out):
+    return [sys.executable, "-c", "import sys; from avss_nb.study import main; sys.exit(main())", str(model_folder), "--out", str(out), *SMALL]
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    "A finished study and what the command printed."
+    out = tmp_path_factory.mktemp("study")/"results"
+    return out, subprocess.run(command(model_folder, out), capture_output=True, text=True)
+
+
+def tables(out):
+    return {name: pd.read_csv(out/f"{name}.csv", dtype={"removes": str}) for name in TABLES}
+
+
+def test_command_writes_the_results_folder(finished):
+    out, run = finished
+    assert run.returncode == 0, run.stderr
+    assert "report.html" in run.stdout and "leave one out" in run.stderr
+    names = {p.name for p in out.iterdir()}
+    assert names >= {"report.ipynb", "report.html", "results.json", "settings.json", "stats.safetensors", *(f"{t}.csv" for t in TABLES)}
+    assert {f"figure-{n}.{kind}" for n in ("profile", "retention", "sensitivity") for kind in ("png", "svg")} <= names
+    assert not [p for p in out.rglob("*.part")]
+
+
+def test_results_are_plain_numbers(finished):
+    out, _ = finished
+    results = json.loads((out/"results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert results["n_layers"] == 8 and len(results["damage"]) == 8 and len(results["removal"]["avss"]["removes"]) == 2
+    assert results["versions"]["torch"] == torch.__version__ and results["device"] and results["settings"]["seed"] == 0
+    assert load_file(out/"stats.safetensors")["output.hist"].shape == (8, 8192)
+
+
+def test_report_reads_well_in_a_browser(finished, browser):
+    out, _ = finished
+    assert check_page(browser, (out/"report.html").as_uri()) == []
+    assert "Which layers matter" in browser.page_source and browser.page_source.count("<img") == 3
+    report = nbformat.read(out/"report.ipynb", as_version=4)
+    assert not any(o.output_type in ("error", "stream") for c in report.cells if c.cell_type == "code" for o in c.outputs)
+
+
+def test_second_run_measures_nothing_again(finished, model_folder):
+    out, _ = finished
+    stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.csv")}
+    assert subprocess.run(command(model_folder, out), capture_output=True).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.csv")} == stamps
+
+
+def test_killed_study_resumes_to_the_same_tables(finished, model_folder, tmp_path):
+    "Killed as soon as the first losses are stored, then run again."
+    out, whole = tmp_path/"results", tables(finished[0])
+    process = subprocess.Popen(command(model_folder, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(out.glob("losses/*.csv")) and process.poll() is None: time.sleep(.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (out/"results.json").exists()
+    assert subprocess.run(command(model_folder, out), capture_output=True).returncode == 0
+    for name, table in tables(out).items(): pd.testing.assert_frame_equal(table, whole[name], rtol=1e-6)
+
+
+def test_whole_model_is_the_yardstick(finished):
+    study = load_study(finished[0])
+    whole = study.removal.loc["whole"]
+    assert whole.perplexity_retained == 1 and whole.questions_raw == 1
+    assert study.damage.index.tolist() == list(range(8))
+
+
+def test_other_settings_do_not_mix(finished, model_folder):
+    with pytest.raises(ValueError, match="holds a study with .*questions=12"): run_study(str(model_folder), finished[0])
+
+
+def test_unfinished_study_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished study"): load_study(tmp_path)

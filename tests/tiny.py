@@ -1,0 +1,80 @@
+"""Tiny random models of seven families, and batches for them, with no downloads."""
+from copy import deepcopy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from avss_nb.models import blocks
+
+FAMILIES = dict(
+    llama=dict(num_key_value_heads=2), qwen3=dict(num_key_value_heads=2, head_dim=8),
+    gemma3_text=dict(num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]),
+    gpt2=dict(n_embd=32, n_layer=5, n_head=4, n_positions=64), gpt_neox=dict(max_position_embeddings=64),
+    opt=dict(ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64), bert=dict(max_position_embeddings=64))
+VOCABULARY = 99
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Models of width 32 are slower on several threads than on one."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def tiny(family: str, **changes):
+    "A random model with a language-model head: five blocks of width 32 with weights large enough to matter."
+    sizes = dict(hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, vocab_size=VOCABULARY, pad_token_id=1,
+                 bos_token_id=2, eos_token_id=2, initializer_range=.15)
+    config = transformers.AutoConfig.for_model(family, **(sizes | FAMILIES.get(family, {}) | changes))
+    auto = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+    torch.manual_seed(0)
+    return auto.from_config(config).eval()
+
+
+def batch_of(*lengths: int, side: str = "right", seed: int = 0) -> dict:
+    "One batch of random tokens, a row a length, padded at `side` with token 1."
+    generator, width = torch.Generator().manual_seed(seed), max(lengths)
+    ids, mask = torch.full((len(lengths), width), 1), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        place = slice(width - n, width) if side == "left" else slice(0, n)
+        ids[row, place], mask[row, place] = torch.randint(3, VOCABULARY, (n,), generator=generator), 1
+    return dict(input_ids=ids, attention_mask=mask, count_mask=mask.bool(), index=torch.arange(len(lengths)))
+
+
+def without(model, layers):
+    "A copy of the model that is built without some of its blocks."
+    shorter = deepcopy(model)
+    pile, config = blocks(shorter), shorter.config
+    for layer in sorted(layers, reverse=True): del pile[layer]
+    for index, block in enumerate(pile):
+        for part in block.modules():
+            if hasattr(part, "layer_idx"): part.layer_idx = index
+    if getattr(config, "layer_types", None): config.layer_types = [t for i, t in enumerate(config.layer_types) if i not in layers]
+    config.num_hidden_layers = len(pile)
+    return shorter
+
+
+class TupleBlock(nn.Module):
+    "A block of the older style: a second positional argument, and a tuple (hidden state, attention map) as its result."
+    def __init__(self, width: int):
+        super().__init__()
+        self.attn, self.mlp = nn.Linear(width, width), nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+    def forward(self, hidden_states, attention_mask=None):
+        a = hidden_states + self.attn(hidden_states)
+        return a + self.mlp(a), hidden_states.mean(-1)
+
+
+class TupleModel(nn.Module):
+    "A family that no library knows; its own forward unpacks what a block returns."
+    def __init__(self, n_layers: int = 4, width: int = 16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layers, self.head = nn.Embedding(VOCABULARY, width), nn.ModuleList(TupleBlock(width) for _ in range(n_layers)), nn.Linear(width, VOCABULARY)
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.embed(input_ids)
+        for layer in self.layers: hidden, attention_map = layer(hidden, attention_mask)
+        return self.head(hidden)
