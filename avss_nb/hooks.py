@@ -33,7 +33,7 @@ def relative_update(
 ) -> torch.Tensor:     # (B, T, d) float32, without unit
     "(y − x) / RMS(x) per token (our reading; 0 where both are 0)."
     x = x.float()
-    scale = x.square().mean(-1, keepdim=True).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).div_(x.shape[-1]**.5).clamp_min_(torch.finfo(torch.float32).tiny)
     return y.float().sub(x).div_(scale)
 
 # %% ../nbs/02_hooks.ipynb #ac932532

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from .hooks import POINTS, read_activations, run_blocks
+from .hooks import POINTS, _check_points, read_activations, run_blocks
 from .models import blocks
 
 # %% ../nbs/03_metrics.ipynb #3c2679ed
@@ -94,15 +94,16 @@ LayerStats.save, LayerStats.load = save, staticmethod(load)
 # %% ../nbs/03_metrics.ipynb #f9758915
 class _Sums:
     "Running sums of one layer at one reading point."
-    def __init__(self, width: int, reduce: tuple[str, ...], device: torch.device):
-        new = lambda *shape, dtype=torch.float64: torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, reduce: tuple[str, ...]):
+        new = lambda *shape, dtype=torch.float64: torch.zeros(shape, dtype=dtype)
         self.values = dict(count=new(dtype=torch.int64), sum=new(), sumsq=new(), exact=new(dtype=torch.int64),
                            hist=new(N_BINS, dtype=torch.int64))
         if "samples" in reduce: self.values |= dict(sample_variance=new(), samples=new(dtype=torch.int64))
-        if "neurons" in reduce: self.values |= dict(neuron_sum=new(width), tokens=new(dtype=torch.int64))
+        if "neurons" in reduce: self.values |= dict(neuron_sum=new(1), tokens=new(dtype=torch.int64))
 
     def add(self, a: torch.Tensor, mask: torch.Tensor):
         "Add activations (B, T, width) where mask (B, T) is true."
+        if self.values["hist"].device != a.device: self.values = {name: value.to(a.device) for name, value in self.values.items()}
         v = self.values
         kept = a.reshape(-1, a.shape[-1]) if mask.all() else a[mask]
         for rows in kept.split(max(1, 2**18 // kept.shape[1])):
@@ -111,7 +112,7 @@ class _Sums:
             v["count"] += flat.numel(); v["sum"] += exact.sum(); v["sumsq"] += torch.dot(exact, exact)
             v["exact"] += (flat.abs() < EXACT_EPS).count_nonzero()
             v["hist"] += torch.bincount(magnitude_bins(flat), minlength=N_BINS)
-        if "neuron_sum" in v: v["neuron_sum"] += kept.sum(0, dtype=torch.float64); v["tokens"] += len(kept)
+        if "neuron_sum" in v: v["neuron_sum"] = v["neuron_sum"] + kept.sum(0, dtype=torch.float64); v["tokens"] += len(kept)
         if "sample_variance" in v: self._add_samples(a, mask)
 
     def _add_samples(self, a: torch.Tensor, mask: torch.Tensor):
@@ -132,16 +133,15 @@ def collect_stats(
     reduce = tuple(reduce)
     if unknown := set(reduce) - set(REDUCTIONS):
         raise ValueError(f"unknown reduction {unknown.pop()!r}: known are {', '.join(REDUCTIONS)}")
-    sums, mask = {}, None
-    def add(layer: int, point: str, a: torch.Tensor):
-        if (point, layer) not in sums: sums[point, layer] = _Sums(a.shape[-1], reduce, a.device)
-        sums[point, layer].add(a, mask.to(a.device))
+    points, mask = _check_points(points), None
+    sums = {(point, layer): _Sums(reduce) for point in points for layer in range(len(blocks(model)))}
+    def add(layer: int, point: str, a: torch.Tensor): sums[point, layer].add(a, mask.to(a.device))
     with read_activations(model, points, add):
         for batch in tqdm(batches, desc="reading activations", disable=not progress):
             mask = batch["count_mask"]
             run_blocks(model, batch)
             _check_finite(sums)
-    if not sums or not next(iter(sums.values())).values["count"]:
+    if not any(s.values["count"] for s in sums.values()):
         raise ValueError("no token was counted: the batches are empty or their count_mask is all false")
     return _stack(sums, len(blocks(model)))
 
@@ -154,7 +154,7 @@ def _check_finite(sums: dict[tuple[str, int], _Sums]):
 def _stack(sums: dict[tuple[str, int], _Sums], n_layers: int) -> LayerStats:
     "One tensor per point and quantity, with a row for each layer."
     points = {point for point, _ in sums}
-    if missing := [(p, i) for p in points for i in range(n_layers) if (p, i) not in sums]:
+    if missing := [key for key, s in sums.items() if not s.values["count"]]:
         raise ValueError(f"layer {missing[0][1]} was never run at {missing[0][0]!r}")
     return LayerStats({f"{p}.{q}": torch.stack([sums[p, i].values[q].cpu() for i in range(n_layers)])
                        for p in points for q in sums[p, 0].values})

@@ -1,6 +1,9 @@
 """The readers of the named benchmark sets, on the files of AVSS_NB_DATA and on made rows in the hub's form."""
+import csv
+import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -24,6 +27,19 @@ def test_sciq(split, n, short, with_context):
     assert all(len(set(fold(r["distractors"]))) == len(r["distractors"]) for r in rows)
     assert all(t.strip() for r in rows for t in (r["question"], *r["answers"], *r["distractors"]))
     assert sum(bool(c) for c in rows["context"]) == with_context and set(rows["source"]) == {"sciq"}
+
+
+@files
+def test_sciq_names_the_right_option():
+    "Against the direct-answer file for the test part, and the row's own index for the training part."
+    folder = Path(os.environ["AVSS_NB_DATA"])/"sciq"
+    with open(folder/"test.csv", encoding="utf-8", newline="") as file: right = {r["question"]: r["correct_answer"] for r in csv.DictReader(file)}
+    rows = [r for r in load_questions("sciq", split="test") if r["question"] in right]
+    assert len(rows) == 884 and all(fold(r["answers"]) == fold([right[r["question"]]]) for r in rows)
+    raw = json.loads((folder/"sciq.train.first2400.json").read_text(encoding="utf-8"))
+    for r in load_questions("sciq", split="train"):
+        options = [raw[r["id"].split("/")[-1]][f"option{i}"] for i in range(1, 5)]
+        assert r["answers"] == [options[raw[r["id"].split("/")[-1]]["answer_index"] - 1]] and set(r["distractors"]) < set(options)
 
 
 @files

@@ -1,0 +1,32 @@
+"""The page of `make bench`, on made-up numbers."""
+import importlib.util
+
+import pytest
+
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location("bench_table", ROOT/"bench"/"table.py")
+table = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(table)
+
+
+@pytest.fixture
+def results() -> dict:
+    rival = dict(peak=150., seconds=dict(forward=[2., 2., 4.], work=[3., 2.2, 8.]), variance=[1., 2., 4.], version="1.2")
+    return dict(machine=dict(cpu="a CPU", cores=2, threads=2, python="3.11", versions=dict(torch="2", transformers="5")), length=256, others=.01,
+                sizes=dict(base=(8, 1), batches=(8, 8)),
+                overhead=dict(forward=[1., 1., 2.], collect=[1.05, 1.2, 2.1], whole_forward=[2., 2., 2.]),
+                memory=dict(base=dict(forward=[100., 101., 140.], collect=[105., 104., 90.]), batches=dict(forward=[100.], collect=[140.])),
+                leave_one_out=dict(seconds=dict(reused=30., naive=60.), damage=dict(reused=[1., 2.], naive=[1., 2.5])),
+                rivals=dict(hidden_states=rival | dict(variance=[1., 2., 1.]), captum=dict(error="ImportError: no captum"), collect_output=rival))
+
+
+def test_every_figure_stands_beside_its_bar(results):
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.page(results).splitlines() if line.startswith("|")]
+    figures = {cells[0]: cells[1:] for cells in lines}
+    assert figures["Time of `collect_stats` over the pass through the blocks alone"] == ["1.050 (1.050 to 1.200)", "≤ 1.10", "yes"]
+    assert figures["Peak memory above the forward pass's own, 1 batch of 8×256"] == ["3.0 MB (forward 101 MB)", "≤ 32 MB", "yes"]
+    assert figures["Peak memory above the forward pass's own, 8 batches of 8×256"][1:] == ["≤ 32 MB", "**no**"]
+    assert figures["… largest relative difference of a layer's damage"][0] == "2.0e-01"
+    assert figures["transformers 1.2, `output_hidden_states=True`"] == ["1.500 (1.100 to 2.000)", "49 MB", "0e+00", "8e-01"]
+    assert figures["captum , `LayerActivation`"][0] == "failed: ImportError: no captum"
