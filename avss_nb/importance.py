@@ -68,8 +68,8 @@ def removal_losses(
 ) -> pd.DataFrame:                  # index `text`; columns `tokens`, `whole` and each layer: summed loss in nats
     """Loss of each text with the whole model and without each layer in turn;
     ValueError and FloatingPointError as in `text_losses`."""
-    layers = check_layers(layers, len(blocks(model)) + 1) if layers is not None else range(len(blocks(model)))
-    rows, bar = [], tqdm(total=len(batches) * len(layers), desc="leave one out", disable=not progress)
+    layers = check_layers(layers, len(blocks(model)), every=True) if layers is not None else range(len(blocks(model)))
+    rows, bar = [], tqdm(total=len(batches) * len(layers) if hasattr(batches, "__len__") else None, desc="leave one out", disable=not progress)
     for batch in batches:
         inputs = {}
         with read_activations(model, ["input"], lambda layer, point, a: inputs.update({layer: a})):

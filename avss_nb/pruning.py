@@ -113,8 +113,8 @@ def _tell(self: PassThrough, cache: Cache, x: torch.Tensor):
 PassThrough._rest, PassThrough._tell = _rest, _tell
 
 # %% ../nbs/05_pruning.ipynb #0a86e35d
-def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
-    "The layers, ascending; ValueError for an index out of range (0 is the first), a repeat, or all of them."
+def check_layers(layers: Iterable[int], n_layers: int, every: bool = False) -> list[int]:
+    "The layers, ascending; ValueError for an index out of range (0 is the first), a repeat, or (unless `every`) all of them."
     layers = list(layers)
     if odd := [layer for layer in layers if layer != int(layer)]:
         raise ValueError(f"a layer is named by a whole number, not {odd[0]}")
@@ -123,7 +123,7 @@ def check_layers(layers: Iterable[int], n_layers: int) -> list[int]:
         raise ValueError(f"there is no layer {outside[0]}: this model has layers 0 to {n_layers - 1}")
     if repeated := [i for i, j in zip(layers, layers[1:]) if i == j]:
         raise ValueError(f"layer {repeated[0]} is named twice")
-    if len(layers) == n_layers: raise ValueError(f"all {n_layers} layers are named: nothing would be left")
+    if len(layers) == n_layers and not every: raise ValueError(f"all {n_layers} layers are named: nothing would be left")
     return layers
 
 @contextmanager
