@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -258,19 +259,19 @@ def test_statistics_in_no_folder(stats, tmp_path):
     assert files(tmp_path) == []
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    "No file may grow beyond 4 kB, as on a full disk."
+    "Inside, no file may grow beyond 4 kB, as on a full disk. Not a fixture: pytest's own output may be a file."
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, kept[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, kept)
 
 
-def test_statistics_on_a_full_disk(stats, tmp_path, small_files):
+def test_statistics_on_a_full_disk(stats, tmp_path):
     "What was there before stays."
     (tmp_path/"stats.safetensors").write_text("old")
-    with pytest.raises(OSError) as error: stats.save(tmp_path/"stats.safetensors")
+    with small_files(), pytest.raises(OSError) as error: stats.save(tmp_path/"stats.safetensors")
     one_line(error, str(tmp_path/"stats.safetensors"))
     assert files(tmp_path) == ["stats.safetensors"] and (tmp_path/"stats.safetensors").read_text() == "old"
 
@@ -285,8 +286,8 @@ def test_damaged_statistics(stats, tmp_path):
         one_line(error, str(path))
 
 
-def test_conversion_on_a_full_disk(tiny_gguf, tmp_path, small_files):
-    with pytest.raises(OSError) as error: convert_gguf(tiny_gguf, tmp_path/"cache")
+def test_conversion_on_a_full_disk(tiny_gguf, tmp_path):
+    with small_files(), pytest.raises(OSError) as error: convert_gguf(tiny_gguf, tmp_path/"cache")
     one_line(error, str(tmp_path/"cache"))
     assert files(tmp_path) == ["cache"]
 
@@ -445,9 +446,9 @@ def test_command_without_space(capsys, no_work, model_folder, tmp_path, monkeypa
     assert files(tmp_path) == []
 
 
-def test_space_that_runs_out_during_a_study(capsys, model_folder, tmp_path, small_files):
+def test_space_that_runs_out_during_a_study(capsys, model_folder, tmp_path):
     "One line that names the file; what is there is whole, nothing else is left."
-    line = command_fails(capsys, model_folder, "--out", tmp_path/"out", "--passages", "2", "--max-length", "16", naming=(tmp_path/"out",))
+    with small_files(): line = command_fails(capsys, model_folder, "--out", tmp_path/"out", "--passages", "2", "--max-length", "16", naming=(tmp_path/"out",))
     assert files(tmp_path) == ["out", "out/settings.json"] and json.loads((tmp_path/"out"/"settings.json").read_text()), line
 
 
