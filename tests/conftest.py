@@ -8,8 +8,6 @@ from urllib.parse import urlsplit
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")   # no test asks the hub; read when transformers is imported
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")   # no test asks the hub; read when transformers is imported
-
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
