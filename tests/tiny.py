@@ -1,4 +1,4 @@
-"""Tiny random models of seven families, and batches for them, with no downloads."""
+"""Tiny random models of many families, and batches for them, with no downloads."""
 from copy import deepcopy
 
 import pytest
@@ -13,6 +13,13 @@ FAMILIES = dict(
     gemma3_text=dict(num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]),
     gpt2=dict(n_embd=32, n_layer=5, n_head=4, n_positions=64), gpt_neox=dict(max_position_embeddings=64),
     opt=dict(ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64), bert=dict(max_position_embeddings=64))
+MORE_FAMILIES = dict(   # for what concerns scores
+    mistral=dict(num_key_value_heads=2, sliding_window=4), qwen2=dict(num_key_value_heads=2), phi3=dict(num_key_value_heads=2),
+    gemma2=dict(num_key_value_heads=2, head_dim=8, sliding_window=4), gptj=dict(n_embd=32, n_layer=5, n_head=4, rotary_dim=4, n_positions=64),
+    bloom=dict(n_layer=5, n_head=4), falcon=dict(new_decoder_architecture=False), stablelm=dict(num_key_value_heads=2), olmo2=dict(num_key_value_heads=2),
+    mixtral=dict(num_key_value_heads=2, num_local_experts=4), qwen3_moe=dict(num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    mamba=dict(), distilbert=dict(dim=32, n_layers=5, n_heads=4, hidden_dim=64, max_position_embeddings=64),
+    t5=dict(d_model=32, num_layers=5, num_heads=4, d_ff=64, d_kv=8))
 VOCABULARY = 99
 
 
@@ -29,8 +36,8 @@ def tiny(family: str, **changes):
     "A random model with a language-model head: five blocks of width 32 with weights large enough to matter."
     sizes = dict(hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, vocab_size=VOCABULARY, pad_token_id=1,
                  bos_token_id=2, eos_token_id=2, initializer_range=.15)
-    config = transformers.AutoConfig.for_model(family, **(sizes | FAMILIES.get(family, {}) | changes))
-    auto = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+    config = transformers.AutoConfig.for_model(family, **(sizes | (FAMILIES | MORE_FAMILIES).get(family, {}) | changes))
+    auto = dict(bert=transformers.AutoModelForMaskedLM, distilbert=transformers.AutoModelForMaskedLM, t5=transformers.AutoModelForTextEncoding).get(family, transformers.AutoModelForCausalLM)
     torch.manual_seed(0)
     return auto.from_config(config).eval()
 
@@ -53,7 +60,7 @@ def without(model, layers):
     for index, block in enumerate(pile):
         for part in block.modules():
             if hasattr(part, "layer_idx"): part.layer_idx = index
-    if getattr(config, "layer_types", None): config.layer_types = [t for i, t in enumerate(config.layer_types) if i not in layers]
+    if "layer_types" in vars(config) and config.layer_types: config.layer_types = [t for i, t in enumerate(config.layer_types) if i not in layers]
     config.num_hidden_layers = len(pile)
     return shorter
 
