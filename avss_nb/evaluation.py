@@ -172,7 +172,7 @@ def classify(
     return pd.DataFrame(dict(correct=(relative[np.arange(len(label)), label] > others).astype(float),
                              score=relative[:, -1] - relative[:, 0]))
 
-# %% ../nbs/04_evaluation.ipynb #8a807317
+# %% ../nbs/04_evaluation.ipynb #0fc7aef5
 class LinearProbe:
     "Logistic regression on the mean last hidden state of the counted tokens; ValueError for fewer than two classes."
     def __init__(self, model: nn.Module, batches: Iterable[dict], labels: Iterable[int]):   # a label for each text
@@ -194,8 +194,9 @@ class LinearProbe:
         return F.cross_entropy(logits, target, reduction="none").double(), torch.ones(len(target), dtype=torch.int64)
     def predict(self, model: nn.Module, batches: Iterable[dict]) -> pd.Series:
         "The class of each text."
-        rows = [(batch["index"], (self._states(model, batch).cpu() @ self.weight.T + self.bias).argmax(1)) for batch in batches]
-        return pd.Series(torch.cat([c for _, c in rows]), index=torch.cat([i for i, _ in rows])).sort_index()
+        guess = lambda batch: (self._states(model, batch).cpu() @ self.weight.T + self.bias).argmax(1)
+        rows = [pd.Series(guess(batch).numpy(), index=batch["index"].numpy()) for batch in batches]
+        return pd.concat(rows).sort_index()
 
 # %% ../nbs/04_evaluation.ipynb #55deb2e6
 def retention(

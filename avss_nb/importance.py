@@ -270,7 +270,7 @@ def leave_one_out(
     (Shortened LLaMA's perplexity criterion, as a difference of losses)."""
     return damage(removal_losses(model, batches, units, loss, progress))
 
-# %% ../nbs/06_importance.ipynb #1e9fa63e
+# %% ../nbs/06_importance.ipynb #340331e5
 def sleb(
     model: nn.Module,
     batches: Iterable[dict],
@@ -305,67 +305,69 @@ def _least_missed(model: nn.Module, batches: list[dict], gone: list, playing: li
         best = min(playing, key=table.sum().get)
         if not np.isfinite(table[best].sum()): raise FloatingPointError(f"no loss without {gone} and one more is finite")
         behind = table.sub(table[best], axis=0)
-        if race and len(table) > 3:   # fewer texts than that say nothing of the spread
+        if race is not None and len(table) > 3:   # fewer texts than that say nothing of the spread
             playing = [u for u in playing if u == best or behind[u].sum() <= race * behind[u].std() * len(table)**.5]
         if len(playing) == 1: break
     return best
 
-# %% ../nbs/06_importance.ipynb #5bcc6360
+# %% ../nbs/06_importance.ipynb #4fdb08a0
 def shapley(
     model: nn.Module,
     batches: Iterable[dict],
     units: Iterable[int | str] = None,
     n_pairs: int = None,        # pairs of a random order and its reverse; default: exact up to 12 units, else 16
+    worst: float = None,        # a mean loss above this counts as this; default: log V for `row_losses`, else infinity
     tolerance: float = 0.05,    # an order ends when no more than this share of v(all) − v(none) is left; 0: never
     seed: int = 0,
     loss: Callable = row_losses,
     progress: bool = False,
 ) -> pd.DataFrame:              # one row a layer: `shapley` (nats a token) and its standard error `se`
     """Shapley value of each layer in the game whose value is minus the mean loss with the layers present (arXiv 2409.14381;
-    truncated Monte Carlo with antithetic orders is ours). The values add up to v(all) − v(none)."""
+    the bound, truncation and antithetic orders are ours). The values add up to v(all) − v(none)."""
     units, start = _units(model, units), [_Pass(model, batch, loss) for batch in batches]
     if not start: raise ValueError("there is no text: the batches are empty")
     if n_pairs == 1: raise ValueError("a standard error needs at least two pairs of orders")
+    if worst is None: worst = np.log(model.config.get_text_config().vocab_size) if loss is row_losses else np.inf
     if n_pairs is None and len(units) <= 12:
-        values, se = _exact_shares(start, units), np.zeros(len(units))
+        values, se = _exact_shares(start, units, worst), np.zeros(len(units))
     else:
-        bottom = _value([_Pass(model, p.batch, loss, units, keep=False) for p in start])
+        bottom = _value([_Pass(model, p.batch, loss, units, keep=False) for p in start], worst)
         rng, orders = np.random.default_rng(seed), []
         for _ in range(n_pairs or 16): orders += [order := rng.permutation(len(units)), order[::-1]]
-        shares = [_walk(start, [units[i] for i in order], bottom, tolerance)
+        shares = [_walk(start, [units[i] for i in order], bottom, worst, tolerance)
                   for order in tqdm(orders, desc="shapley", disable=not progress)]
         pairs = pd.DataFrame(shares)[units].to_numpy().reshape(-1, 2, len(units)).mean(1)
         values, se = pairs.mean(0), pairs.std(0, ddof=1) / len(pairs)**.5
     return pd.DataFrame(dict(shapley=_series(values, units, "shapley"), se=_series(se, units, "se")))
 
-def _value(passes: list[_Pass]) -> float:
-    "Minus the mean loss."
-    value = -sum(p.nll.sum().item() for p in passes) / sum(p.tokens.sum().item() for p in passes)
+def _value(passes: list[_Pass], worst: float) -> float:
+    "Minus the mean loss, and no less than −worst."
+    value = max(-sum(p.nll.sum().item() for p in passes) / sum(p.tokens.sum().item() for p in passes), -worst)
     if not np.isfinite(value): raise FloatingPointError(f"the loss without {list(passes[0].gone)} is not finite")
     return value
 
-# %% ../nbs/06_importance.ipynb #39274672
-def _coalitions(passes: list[_Pass], units: list) -> Iterator[tuple[frozenset, float]]:
+# %% ../nbs/06_importance.ipynb #9c5e42af
+def _coalitions(passes: list[_Pass], units: list, worst: float) -> Iterator[tuple[frozenset, float]]:
     "What is gone, and the value of what is left, for all subsets of the units; each pass begins at the last unit gone."
-    yield frozenset(passes[0].gone), _value(passes)
+    yield frozenset(passes[0].gone), _value(passes, worst)
     for i, unit in enumerate(units):
-        yield from _coalitions([p.less(unit, keep=True) for p in passes], units[i + 1:])
+        yield from _coalitions([p.less(unit, keep=True) for p in passes], units[i + 1:], worst)
 
-def _exact_shares(start: list[_Pass], units: list) -> np.ndarray:
+def _exact_shares(start: list[_Pass], units: list, worst: float) -> np.ndarray:
     "Shapley values from all coalitions."
-    value, n = dict(_coalitions(start, units)), len(units)
+    value, n = dict(_coalitions(start, units, worst)), len(units)
     weight = [1 / (n * comb(n - 1, size)) for size in range(n)]
     return np.array([sum(weight[len(gone)] * (v - value[gone | {unit}]) for gone, v in value.items() if unit not in gone)
                      for unit in units])
 
-def _walk(passes: list[_Pass], order: list, bottom: float, tolerance: float) -> dict:
+def _walk(passes: list[_Pass], order: list, bottom: float, worst: float, tolerance: float) -> dict:
     "What each unit takes with it when they leave in this order; at the bottom the rest share what is left equally."
-    top = value = _value(passes)
+    top = value = _value(passes, worst)
     share = {}
     for unit in order:
         if tolerance and value - bottom <= tolerance * abs(top - bottom): break
         passes = [p.less(unit, keep=True) for p in passes]
-        share[unit], value = value - (now := _value(passes)), now
+        share[unit], value = value - (now := _value(passes, worst)), now
     rest = order[len(share):]
     return share | {unit: (value - bottom) / len(rest) for unit in rest}
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'MARKERS', 'Settings', 'study_data', 'Study', 'measure_removal', 'layer_profile', 'measure_sensitivity',
-           'measure', 'load_study', 'summary', 'in_words', 'plot_profile', 'plot_retention', 'plot_sensitivity',
-           'removal_table', 'write_report', 'run_study', 'main']
+           'measure', 'load_study', 'summary', 'in_words', 'plot_profile', 'plot_retention', 'plot_certainty',
+           'plot_sensitivity', 'removal_table', 'write_report', 'run_study', 'main']
 
-# %% ../nbs/30_study.ipynb #4b57500e
+# %% ../nbs/30_study.ipynb #cbfa187d
 import argparse, importlib.resources, json, os, platform, shutil, sys, tempfile, warnings
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,11 +22,13 @@ from execnb.nbio import dict2nb, write_nb
 from execnb.shell import CaptureShell
 from tqdm import tqdm
 
+from .certainty import score_certainty, score_texts, settled_after, settling
 from .data import batches, data_folder, load_questions, load_sentences, load_text
 from .evaluation import (answer_questions, classify, is_causal, perplexity_retention, retention_interval,
                                 text_losses)
-from .importance import METHODS, damage, layer_scores, rank_agreement, removal_losses
-from .metrics import LayerStats, avss, collect_stats, sparsity, variance
+from .importance import (FROM_AHEAD, FROM_STATS, damage, layer_scores, rank_agreement, read_layers,
+                                removal_losses)
+from .metrics import LayerStats, avss, sparsity, variance
 from .models import blocks, load_model
 from .pruning import select_layers, skip_layers
 
@@ -110,7 +113,7 @@ def _device(settings: Settings) -> str:
     on_gpu = torch.cuda.is_available() and not (settings.device or "cuda").startswith("cpu")
     return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
 
-# %% ../nbs/30_study.ipynb #a55b7833
+# %% ../nbs/30_study.ipynb #38960de8
 @dataclass
 class Study:
     "The tables of a study; `measure` fills them."
@@ -122,15 +125,19 @@ class Study:
     losses: pd.DataFrame       # from `removal_losses`
     removal: pd.DataFrame      # one row a method: layers removed, what is left, with intervals
     sensitivity: pd.DataFrame  # one row a setting of AVSS: agreement with the truth
+    certainty: pd.DataFrame    # (method, layer): `score` with its interval over texts, how often among the `lowest`
+    settled: pd.DataFrame      # one row a method: tokens after which its choice stands
     @property
     def damage(self) -> pd.Series: return damage(self.losses)
     @property
     def agreement(self) -> pd.DataFrame: return rank_agreement(self.scores.drop(columns="leave_one_out"), self.losses)
 
-# %% ../nbs/30_study.ipynb #2b53ff5a
+# %% ../nbs/30_study.ipynb #31122ba5
 LABELS = dict(whole="nothing removed", avss="AVSS, relative update", variance="variance, relative update",
               avss_output="AVSS, output (prose)", avss_authors="AVSS, published code",
-              block_influence="Block Influence", leave_one_out="leave-one-out", position="the last layers",
+              avss_ahead="AVSS, looking ahead", influence_ahead="influence, looking ahead",
+              block_influence="Block Influence", taylor="Taylor", magnitude="magnitude",
+              leave_one_out="leave-one-out", position="the last layers",
               random_0="random 0", random_1="random 1", random_2="random 2")
 
 def _choices(scores: pd.DataFrame, settings: Settings) -> dict[str, list[int]]:
@@ -222,12 +229,12 @@ def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False
     calibration = batches(data["calibration"], tokenizer, **cut)
     return _measure_all(model, tokenizer, data, settings, out, calibration, cut)
 
-# %% ../nbs/30_study.ipynb #35c2dc7f
+# %% ../nbs/30_study.ipynb #43bf3bc9
 def _stats(path: Path, model, some_batches, reduce=("elements",)) -> LayerStats:
     "Layer statistics stored at `path`, collected when they are not there yet."
     if not path.exists():
-        _write(path, lambda part: collect_stats(model, some_batches, ("output", "update", "relative_update"),
-                                                reduce, progress=True).save(part))
+        _write(path, lambda part: read_layers(model, some_batches, points=("output", "update", "relative_update"),
+                                              reduce=reduce, progress=True).save(part))
     return LayerStats.load(path)
 
 def _losses(files: list[Path]) -> pd.DataFrame:
@@ -244,14 +251,19 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     for i, batch in enumerate(tqdm(calibration, desc="leave one out")):
         _table(out / "losses" / f"batch-{i}.csv", lambda: removal_losses(model, [batch]), "text")
     losses = _losses([out / "losses" / f"batch-{i}.csv" for i in range(len(calibration))])
-    methods = [m for m in METHODS if m not in ("leave_one_out", "random")]
+    methods = [m for m in FROM_STATS if m != "angular_distance"] + [*FROM_AHEAD, "taylor", "magnitude", "position"]
     scores = _table(out / "scores.csv", lambda: layer_scores(model, calibration, methods, stats=stats())
                                                 .assign(leave_one_out=damage(losses)))
     removal = _table(out / "removal.csv",
                      lambda: measure_removal(model, tokenizer, data, settings, scores, out), "method")
     sensitivity = _table(out / "sensitivity.csv",
                          lambda: measure_sensitivity(stats(), second(), no_first(), losses), "setting")
-    study = Study(settings, out, data["names"], profile, scores, losses, removal, sensitivity)
+    texts = cache(lambda: score_texts(model, calibration, losses=losses, progress=True))
+    certainty = _table(out / "certainty.csv",
+                       lambda: score_certainty(texts(), fraction=settings.fraction, seed=settings.seed), ["method", "layer"])
+    settled = _table(out / "settled.csv", lambda: settled_after(settling(texts(), fraction=settings.fraction,
+                                                                         seed=settings.seed)), "method")
+    study = Study(settings, out, data["names"], profile, scores, losses, removal, sensitivity, certainty, settled)
     if not (out / "results.json").exists():
         _write(out / "results.json", lambda part: part.write_text(json.dumps(summary(study), indent=1)))
     return study
@@ -263,11 +275,12 @@ def load_study(out: str | Path) -> Study:
     if not (out / "results.json").exists(): stored("results.json")
     note = json.loads((out / "results.json").read_text())
     tables = {name: _table(out / f"{name}.csv", lambda: stored(name), index)
-              for name, index in dict(profile="layer", scores="layer", removal="method", sensitivity="setting").items()}
+              for name, index in dict(profile="layer", scores="layer", removal="method", sensitivity="setting",
+                                      certainty=["method", "layer"], settled="method").items()}
     return Study(Settings(**note["settings"]), out, note["data"],
                  losses=_losses(sorted(out.glob("losses/batch-*.csv"))), **tables)
 
-# %% ../nbs/30_study.ipynb #e2d3bd58
+# %% ../nbs/30_study.ipynb #2829e756
 def _layers(cell) -> list[int]:
     "The layers in a cell of the `removes` column."
     return [int(i) for i in cell.split()] if isinstance(cell, str) else []
@@ -279,7 +292,8 @@ def summary(study: Study) -> dict:
     return dict(**json.loads((study.out / "settings.json").read_text()), data=study.names,
                 n_layers=len(study.scores), most_important=int(study.damage.idxmax()),
                 damage=[float(x) for x in study.damage], agreement=plain(study.agreement),
-                sensitivity=plain(study.sensitivity), removal=removal)
+                sensitivity=plain(study.sensitivity), settled=plain(study.settled), removal=removal,
+                lowest={m: part.lowest.tolist() for m, part in study.certainty.groupby("method")})
 
 def in_words(study: Study) -> str:
     "The answer of a study, in Markdown."
@@ -288,6 +302,7 @@ def in_words(study: Study) -> str:
     best, wisest = rivals.perplexity.idxmin(), rivals.questions.astype(float).idxmax()
     removed = _layers(t.loc["avss", "removes"])
     spear = lambda m: f"{a.spearman[m]:.2f} [{a.low[m]:.2f}, {a.high[m]:.2f}]"
+    cheap = a.spearman.idxmax()
     above_chance = np.isfinite(t.loc["whole", ["questions_corrected", "sentiment_corrected"]].astype(float)).all()
     kept = [LABELS[m] for m in t.index
             if m != "whole" and min(t.loc[m, ["perplexity_retained", "questions_raw", "sentiment_raw"]]) > .9]
@@ -296,11 +311,13 @@ def in_words(study: Study) -> str:
              else "cannot be judged here: the whole model answers no better than chance")
     part = lambda m, what: (f"{t.loc[m, what]:.0%} [{t.loc[m, what + '_low']:.0%}, {t.loc[m, what + '_high']:.0%}]"
                             if np.isfinite(t.loc[m, what]) else "not measurable (the whole model is not above chance)")
+    surely = int((study.certainty.loc["avss"].lowest >= .95).sum())
     return f"""**Which layers matter.** Taking out layer {d.idxmax()} alone \
 raises the loss by {d.max():.2f} nats a token, \
 the median layer by {d.median():.3f}. AVSS read at the relative update ranks the layers like that truth:
 Spearman {spear('avss')}; Block Influence {spear('block_influence')}; \
 AVSS read at the output, as the paper's prose has it, {spear('avss_output')}.
+Best of those that do not try each removal: {LABELS[cheap]}, {spear(cheap)}.
 
 **Which can go.** By AVSS on the relative update, layers {', '.join(map(str, removed))} ({len(removed)} of {len(d)}). \
 Perplexity goes from {t.loc['whole', 'perplexity']:,.1f} to {t.loc['avss', 'perplexity']:,.1f}
@@ -310,7 +327,11 @@ the lowest of all scores, {LABELS[best]}: {t.loc[best, 'perplexity']:,.1f}).
 **What that costs.** Corrected for chance, {part('avss', 'questions_corrected')} of the question answering \
 and {part('avss', 'sentiment_corrected')} of the sentiment classification are retained \
 (most of the question answering by {LABELS[wisest]}: {part(wisest, 'questions_corrected')}).
-The paper's claim, more than 90 % of the performance kept without a quarter of the layers, {claim}."""
+The paper's claim, more than 90 % of the performance kept without a quarter of the layers, {claim}.
+
+**How sure.** In 95 of 100 draws of the texts {surely} of the {len(removed)} layers that AVSS removes are among its lowest; \
+its choice stands after {study.settled.loc['avss', 'median']:,.0f} tokens (median over random orders of \
+{len(study.losses)} texts), that of leave-one-out after {study.settled.loc['leave_one_out', 'median']:,.0f}."""
 
 # %% ../nbs/30_study.ipynb #63352507
 MARKERS = dict(avss="o", block_influence="s", avss_output="^", leave_one_out="D")
@@ -334,7 +355,7 @@ def plot_profile(study: Study, axes=None):
                 xlabel="layer", title="layers that each score removes")
     return axes[0].figure
 
-# %% ../nbs/30_study.ipynb #0726d4df
+# %% ../nbs/30_study.ipynb #59c7ce13
 def plot_retention(study: Study, axes=None):
     "What is retained after removal by each score, with 95 % intervals."
     table = study.removal.drop("whole")
@@ -356,6 +377,16 @@ def plot_retention(study: Study, axes=None):
     for ax in axes: ax.legend(loc="upper center", bbox_to_anchor=(.5, -.2), ncol=2, fontsize=8)
     axes[0].invert_yaxis(); axes[0].figure.tight_layout()
     return axes[0].figure
+
+def plot_certainty(study: Study, ax=None):
+    "How often each layer is among those that a score would remove, over bootstrap draws of the texts."
+    ax = plt.subplots(figsize=(9, 2))[1] if ax is None else ax
+    lowest = study.certainty.lowest.unstack("layer")
+    image = ax.imshow(lowest, aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    ax.set(yticks=range(len(lowest)), yticklabels=[LABELS[m] for m in lowest.index], xlabel="layer",
+           title="Share of draws in which a layer is among the lowest")
+    ax.grid(False); ax.figure.colorbar(image, ax=ax)
+    return ax.figure
 
 def plot_sensitivity(study: Study, ax=None):
     "Agreement of AVSS with the truth under other settings."
@@ -383,13 +414,13 @@ def removal_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame([row(r) for _, r in table.iterrows()],
                         index=[LABELS[m] for m in table.index]).rename_axis("removed by")
 
-# %% ../nbs/30_study.ipynb #9fcf14e0
+# %% ../nbs/30_study.ipynb #7e2f8fee
 _IMPORTS = """import json
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, seaborn as sns
 from IPython.display import Markdown
 from avss_nb.study import LABELS, Settings, in_words, measure, \
-plot_profile, plot_retention, plot_sensitivity, removal_table"""
+plot_certainty, plot_profile, plot_retention, plot_sensitivity, removal_table"""
 
 def _report_cells(settings: Settings, out: Path) -> list:
     "The cells of this chapter from `The report` on, with the parameters of another study."

@@ -12,12 +12,15 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 
 import torch
 
 import measure
-from avss_nb.evaluation import text_losses
-from avss_nb.importance import leave_one_out
+from avss_nb.data import batches, load_text
+from avss_nb.evaluation import perplexity, row_losses, text_losses
+from avss_nb.hooks import run_blocks
+from avss_nb.importance import leave_one_out, sleb
 from avss_nb.models import blocks, load_model
 from avss_nb.pruning import skip_layers
 from table import page
@@ -78,10 +81,39 @@ def naive_leave_one_out(model, data) -> list[float]:
     return damages
 
 def leave_one_out_both_ways(model, data) -> dict:
-    "Seconds and damages of leave-one-out with and without reusing hidden states."
-    found = {}
-    seconds = {name: measure.seconds(lambda: found.update({name: list(run(model, data))})) for name, run in dict(reused=leave_one_out, naive=naive_leave_one_out).items()}
-    return dict(seconds=seconds, damage=found)
+    "Seconds, peak memory and damages of leave-one-out with and without reusing hidden states, and the seconds that its block and head passes alone take."
+    found, seconds, peak = {}, {}, {}
+    passes = [measure.interleaved(dict(blocks=lambda: [run_blocks(model, b) for b in data], whole=lambda: [row_losses(model, b) for b in data]), 3)]
+    for name, run in dict(reused=leave_one_out, naive=naive_leave_one_out).items():
+        peak[name], (seconds[name], found[name]) = measure.peak_memory(lambda: timed(lambda: list(run(model, data))))
+        passes.append(measure.interleaved(dict(blocks=lambda: [run_blocks(model, b) for b in data], whole=lambda: [row_losses(model, b) for b in data]), 3))
+    body, whole = (median(sum((p[name] for p in passes), [])) for name in ("blocks", "whole"))
+    n = len(blocks(model))
+    return dict(seconds=seconds | dict(minimum=(n + n * (n - 1) / 2) / n * body + (n + 1) * (whole - body)), damage=found, peak=peak)
+
+def timed(run) -> tuple[float, object]:
+    "Seconds that a run takes, and its result."
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+def naive_sleb(model, data, n: int) -> list[int]:
+    "Greedy removal: each candidate of each round by a whole pass over all the text."
+    gone = []
+    for _ in range(n):
+        cost = {}
+        for layer in set(range(len(blocks(model)))) - set(gone):
+            with skip_layers(model, [*gone, layer]): cost[layer] = text_losses(model, data).nll.sum()
+        gone.append(min(cost, key=cost.get))
+    return gone
+
+def sleb_both_ways(model, tokenizer, data, held_out, n: int) -> dict:
+    "Seconds and choices of SLEB with reuse and a race, and the plain way; held-out perplexity without the layers that each chose."
+    seconds, chosen = {}, {}
+    for name, run in dict(raced=sleb, naive=naive_sleb).items(): seconds[name], chosen[name] = timed(lambda: list(map(int, run(model, data, n))))
+    def left(layers):
+        with skip_layers(model, layers): return perplexity(model, held_out)
+    return dict(seconds=seconds, chosen=chosen, perplexity={name: left(layers) for name, layers in chosen.items()}, tokens=data.n_tokens)
 
 def machine() -> dict:
     "What the numbers depend on."
@@ -100,6 +132,9 @@ def main():
     start, others = time.time(), measure.cpu_of_others()
     results = dict(machine=machine(), length=length, sizes=SIZES, overhead=overhead(model, measure.passages(tokenizer, *SIZES["base"], length), rounds))
     results["leave_one_out"] = leave_one_out_both_ways(model, measure.passages(tokenizer, 4, 1, length))
+    texts = dict(max_length=length // 4, overflow="truncate")
+    results["sleb"] = sleb_both_ways(model, tokenizer, batches(load_text("pydoc", split="train", n=16), tokenizer, batch_size=4, **texts),
+                                     batches(load_text("pydoc", split="test", n=16), tokenizer, max_length=length, overflow="truncate", batch_size=4), 2 if quick else 7)
     results["others"] = (measure.cpu_of_others() - others) / (time.time() - start) / os.cpu_count()
     del model
     results["memory"] = memory(folder, length, repeats)

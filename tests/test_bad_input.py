@@ -390,7 +390,7 @@ def command_fails(capsys, *arguments, naming: tuple = ()) -> str:
 @pytest.fixture
 def no_work(monkeypatch):
     "Whatever measures fails the test: errors come before long work."
-    for name in ("collect_stats", "removal_losses", "measure_removal", "layer_scores"): monkeypatch.setattr(avss_nb.study, name, lambda *args, **options: pytest.fail("long work was begun"))
+    for name in ("read_layers", "removal_losses", "measure_removal", "layer_scores"): monkeypatch.setattr(avss_nb.study, name, lambda *args, **options: pytest.fail("long work was begun"))
 
 
 def test_command_with_an_unknown_model(capsys, no_work, tmp_path):

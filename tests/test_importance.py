@@ -121,7 +121,7 @@ def test_a_race_drops_only_those_clearly_behind():
 def test_shapley_values_add_up(family):
     model = tiny(family)
     loss = loss_of(family, model)
-    found = shapley(model, texts(), loss=loss)
+    found = shapley(model, texts(), loss=loss, worst=np.inf)
     with skip_layers(model, range(5), every=True): none = mean_loss(model, loss)
     np.testing.assert_allclose(found.shapley.sum(), none - mean_loss(model, loss), atol=1e-6)
     assert (found.se == 0).all()
@@ -135,8 +135,8 @@ def test_shapley_values_by_all_orders(family):
             if frozenset(order) in value: continue
             with skip_layers(model, [i for i in range(5) if i not in order], every=True): value[frozenset(order)] = -mean_loss(model, row_losses)
     wanted = [np.mean([value[frozenset(o[:o.index(i) + 1])] - value[frozenset(o[:o.index(i)])] for o in permutations(range(5))]) for i in range(5)]
-    np.testing.assert_allclose(shapley(model, texts()).shapley, wanted, rtol=1e-5, atol=1e-6)
-    sampled = shapley(model, texts(), n_pairs=60, tolerance=0)
+    np.testing.assert_allclose(shapley(model, texts(), worst=np.inf).shapley, wanted, rtol=1e-5, atol=1e-6)
+    sampled = shapley(model, texts(), worst=np.inf, n_pairs=60, tolerance=0)
     assert (abs(sampled.shapley - wanted) <= 3 * sampled.se).all() and (sampled.se > 0).all()
     np.testing.assert_allclose(sampled.shapley.sum(), sum(wanted), rtol=1e-6)
 
@@ -144,15 +144,15 @@ def test_shapley_values_by_all_orders(family):
 def test_shapley_of_halves_and_of_a_few_units():
     model = tiny("llama")
     units = halves(model)[:4]
-    found = shapley(model, texts(), units)
+    found = shapley(model, texts(), units, worst=np.inf)
     with skip_layers(model, units): without_them = mean_loss(model, row_losses)
     np.testing.assert_allclose(found.shapley.sum(), without_them - mean_loss(model, row_losses), atol=1e-6)
     assert found.index.tolist() == units
 
 
 def test_a_truncated_walk_still_adds_up():
-    found = shapley(tiny("llama"), texts(), n_pairs=3, tolerance=.5)
-    np.testing.assert_allclose(found.shapley.sum(), shapley(tiny("llama"), texts()).shapley.sum(), atol=1e-6)
+    found = shapley(tiny("llama"), texts(), n_pairs=3, tolerance=.5, worst=np.inf)
+    np.testing.assert_allclose(found.shapley.sum(), shapley(tiny("llama"), texts(), worst=np.inf).shapley.sum(), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3"])
@@ -211,7 +211,7 @@ def test_scores_do_not_depend_on_batching():
 def test_a_model_without_some_units_is_left_as_it_was():
     model = tiny("llama").train()
     before = [*blocks(model)]
-    for run in (lambda: leave_one_out(model, texts(), halves(model)), lambda: sleb(model, texts(), 2), lambda: shapley(model, texts()), lambda: taylor(model, texts())): run()
+    for run in (lambda: leave_one_out(model, texts(), halves(model)), lambda: sleb(model, texts(), 2), lambda: shapley(model, texts(), worst=np.inf), lambda: taylor(model, texts())): run()
     assert all(a is b for a, b in zip(before, blocks(model))) and model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()) and all(p.grad is None and p.requires_grad for p in model.parameters())
 

@@ -17,7 +17,7 @@ from avss_nb.models import load_model
 from avss_nb.study import load_study, run_study
 
 SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48"]
-TABLES = ["profile", "scores", "removal", "sensitivity"]
+TABLES = ["profile", "scores", "removal", "sensitivity", "certainty", "settled"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_command_writes_the_results_folder(finished):
     assert "report.html" in run.stdout and "leave one out" in run.stderr
     names = {p.name for p in out.iterdir()}
     assert names >= {"report.ipynb", "report.html", "results.json", "settings.json", "stats.safetensors", *(f"{t}.csv" for t in TABLES)}
-    assert {f"figure-{n}.{kind}" for n in ("profile", "retention", "sensitivity") for kind in ("png", "svg")} <= names
+    assert {f"figure-{n}.{kind}" for n in ("profile", "retention", "certainty", "sensitivity") for kind in ("png", "svg")} <= names
     assert not [p for p in out.rglob("*.part")]
 
 
@@ -67,7 +67,7 @@ def test_results_are_plain_numbers(finished):
 def test_report_reads_well_in_a_browser(finished, browser):
     out, _ = finished
     assert check_page(browser, (out/"report.html").as_uri()) == []
-    assert "Which layers matter" in browser.page_source and browser.page_source.count("<img") == 3
+    assert "Which layers matter" in browser.page_source and browser.page_source.count("<img") == 4
     report = nbformat.read(out/"report.ipynb", as_version=4)
     assert not any(o.output_type in ("error", "stream") for c in report.cells if c.cell_type == "code" for o in c.outputs)
 
