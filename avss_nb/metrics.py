@@ -6,7 +6,7 @@
 __all__ = ['MANTISSA_BITS', 'N_BINS', 'EXACT_EPS', 'REDUCTIONS', 'magnitude_bins', 'bin_edges', 'share_below', 'LayerStats',
            'save', 'load', 'collect_stats', 'variance', 'normalized_variance', 'sparsity', 'avss', 'navss', 'cavss']
 
-# %% ../nbs/03_metrics.ipynb #699ca922
+# %% ../nbs/03_metrics.ipynb #1db53405
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm import tqdm
 
@@ -69,15 +69,15 @@ class LayerStats:
         return LayerStats({name: self.sums[name] + other.sums[name] for name in self.sums})
     def __repr__(self) -> str: return f"LayerStats({self.n_layers} layers, points {', '.join(self.points)})"
 
-# %% ../nbs/03_metrics.ipynb #d166c525
+# %% ../nbs/03_metrics.ipynb #cc288a45
 def save(self: LayerStats, path: str | Path):
     "Write as safetensors; the file appears whole or not at all."
     path, part = Path(path), Path(f"{path}.part")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in self.sums.items()}, part,
-                  metadata=dict(format="avss_nb.LayerStats", version="1"))
+        part.write_bytes(to_bytes({name: tensor.contiguous() for name, tensor in self.sums.items()},
+                                  metadata=dict(format="avss_nb.LayerStats", version="1")))
         part.replace(path)
-    except SafetensorError as error: raise OSError(f"cannot write {path}: {error}") from None
+    except OSError as error: raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     finally: part.unlink(missing_ok=True)
 
 def load(path: str | Path) -> LayerStats:

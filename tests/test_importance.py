@@ -233,3 +233,14 @@ def test_a_layer_that_is_not_finite_is_never_ranked(score):
     model = tiny("llama")
     for weight in blocks(model)[3].mlp.parameters(): weight.data.fill_(float("nan"))
     with pytest.raises(FloatingPointError): score(model, texts())
+
+
+def test_shapley_counts_nothing_worse_than_guessing():
+    "By default a team that is worse than guessing among all 99 tokens counts as guessing."
+    model = tiny("llama")
+    def value(units):
+        with skip_layers(model, units, every=True): return -min(mean_loss(model, row_losses), np.log(99))
+    bounded, free = shapley(model, texts()), shapley(model, texts(), worst=np.inf)
+    np.testing.assert_allclose(bounded.shapley.sum(), value([]) - value(range(5)), atol=1e-6)
+    assert abs(bounded.shapley.sum() - free.shapley.sum()) > .01
+    assert (shapley(model, texts(), worst=1.).shapley == 0).all()
