@@ -280,7 +280,7 @@ def load_study(out: str | Path) -> Study:
     return Study(Settings(**note["settings"]), out, note["data"],
                  losses=_losses(sorted(out.glob("losses/batch-*.csv"))), **tables)
 
-# %% ../nbs/30_study.ipynb #2829e756
+# %% ../nbs/30_study.ipynb #274619f6
 def _layers(cell) -> list[int]:
     "The layers in a cell of the `removes` column."
     return [int(i) for i in cell.split()] if isinstance(cell, str) else []
@@ -302,7 +302,7 @@ def in_words(study: Study) -> str:
     best, wisest = rivals.perplexity.idxmin(), rivals.questions.astype(float).idxmax()
     removed = _layers(t.loc["avss", "removes"])
     spear = lambda m: f"{a.spearman[m]:.2f} [{a.low[m]:.2f}, {a.high[m]:.2f}]"
-    cheap = a.spearman.idxmax()
+    nearest = a.spearman.idxmax()
     above_chance = np.isfinite(t.loc["whole", ["questions_corrected", "sentiment_corrected"]].astype(float)).all()
     kept = [LABELS[m] for m in t.index
             if m != "whole" and min(t.loc[m, ["perplexity_retained", "questions_raw", "sentiment_raw"]]) > .9]
@@ -317,7 +317,7 @@ raises the loss by {d.max():.2f} nats a token, \
 the median layer by {d.median():.3f}. AVSS read at the relative update ranks the layers like that truth:
 Spearman {spear('avss')}; Block Influence {spear('block_influence')}; \
 AVSS read at the output, as the paper's prose has it, {spear('avss_output')}.
-Best of those that do not try each removal: {LABELS[cheap]}, {spear(cheap)}.
+The best of the scores: {LABELS[nearest]}, {spear(nearest)}.
 
 **Which can go.** By AVSS on the relative update, layers {', '.join(map(str, removed))} ({len(removed)} of {len(d)}). \
 Perplexity goes from {t.loc['whole', 'perplexity']:,.1f} to {t.loc['avss', 'perplexity']:,.1f}
