@@ -355,11 +355,11 @@ def plot_profile(study: Study, axes=None):
                 xlabel="layer", title="layers that each score removes")
     return axes[0].figure
 
-# %% ../nbs/30_study.ipynb #59c7ce13
+# %% ../nbs/30_study.ipynb #c395da3d
 def plot_retention(study: Study, axes=None):
     "What is retained after removal by each score, with 95 % intervals."
     table = study.removal.drop("whole")
-    axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)[1] if axes is None else axes
+    axes = plt.subplots(1, 3, figsize=(11, 5), sharey=True)[1] if axes is None else axes
     y = np.arange(len(table))
     for ax, (title, kinds) in zip(axes, {
             f"perplexity, {study.names['text']}": {"old / new": "perplexity_retained"},
@@ -374,7 +374,7 @@ def plot_retention(study: Study, axes=None):
         ax.axvline(1, color="gray", ls="--", lw=1); ax.axvline(.9, color="gray", ls=":", lw=1)
         ax.axvline(0, color="gray", lw=1)
         ax.set(title=title, xlabel="retained (95 % interval)", yticks=y, yticklabels=[LABELS[m] for m in table.index])
-    for ax in axes: ax.legend(loc="upper center", bbox_to_anchor=(.5, -.2), ncol=2, fontsize=8)
+    for ax in axes: ax.legend(loc="upper center", bbox_to_anchor=(.5, -.14), ncol=2, fontsize=8)
     axes[0].invert_yaxis(); axes[0].figure.tight_layout()
     return axes[0].figure
 
