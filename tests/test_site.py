@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from _run import chapters
 from conftest import NBS, ROOT, check_page
 
-PAGES = [re.sub(r"^\d+_", "", chapter.stem) + ".html" for chapter in chapters()]
+PAGES = [re.sub(r"^\d+[a-z]?_", "", chapter.stem) + ".html" for chapter in chapters()]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
