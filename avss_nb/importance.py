@@ -210,16 +210,16 @@ class _Pass:
         self.entered, self.rest = (dict(before.entered), dict(before.rest)) if before else ({}, {})
         first = layer_of(gone[-1]) if before else 0
         resumed = resume_at(model, first, self.entered[first], self.rest) if before else nullcontext()
-        with skip_layers(model, self.gone, every=True), resumed, self._noted(first, before) if keep else nullcontext():
+        with skip_layers(model, self.gone, every=True), resumed, self._noted(first) if keep else nullcontext():
             self.nll, self.tokens = loss(model, batch)
     def less(self, unit: int | str, keep: bool = False, loss: Callable = None) -> "_Pass":
         "The same without one more unit."
         return _Pass(self.model, self.batch, loss or self.loss, (*self.gone, unit), self, keep)
     @contextmanager
-    def _noted(self, first: int, before: "_Pass"):
+    def _noted(self, first: int):
         def note(layer: int):
             def hook(block, args, kwargs, result):
-                if layer > first or not before: self.entered[layer] = _input(args, kwargs).detach()
+                self.entered[layer] = _input(args, kwargs).detach()
                 if not isinstance(result, torch.Tensor): self.rest[layer] = tuple(result[1:])
             return hook
         pile = blocks(self.model)

@@ -244,3 +244,29 @@ def test_shapley_counts_nothing_worse_than_guessing():
     np.testing.assert_allclose(bounded.shapley.sum(), value([]) - value(range(5)), atol=1e-6)
     assert abs(bounded.shapley.sum() - free.shapley.sum()) > .01
     assert (shapley(model, texts(), worst=1.).shapley == 0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma3_text", "falcon", "bloom"])
+def test_halves_turn_the_stream_by_hand(family):
+    "The stream before and after each half, from the block's input and the half's own contribution; here the block runs with the half alone."
+    model, some = tiny(family), texts()
+    x, y, lone = {}, {}, {}
+    with read_activations(model, ["input", "output"], lambda layer, point, a: (x if point == "input" else y).setdefault(layer, []).append(a)):
+        for batch in some: run_blocks(model, batch)
+    found = layer_scores(model, some, ["block_influence", "variance"], halves(model))
+    for layer in range(5):
+        with skip_layers(model, [f"mlp.{layer}"]), read_activations(model, ["output"], lambda i, point, a: lone.setdefault(i, []).append(a)):
+            lone.clear()
+            for batch in some: run_blocks(model, batch)
+        for unit, pairs in ((f"attention.{layer}", zip(x[layer], lone[layer])), (f"mlp.{layer}", zip(lone[layer], y[layer]))):
+            a, b = (torch.cat([t[batch["count_mask"]] for t, batch in zip(side, some)]).double() for side in zip(*pairs))
+            assert found.block_influence[unit] == pytest.approx((1 - torch.cosine_similarity(a, b, dim=-1)).mean().item(), abs=1e-5)
+            relative = (b - a) / a.square().mean(-1, keepdim=True).sqrt()
+            assert found.variance[unit] == pytest.approx(relative.var(correction=0).item(), rel=1e-3)
+
+
+def test_a_reader_that_was_there_before_sees_the_half_as_zero():
+    model, seen = tiny("llama"), {}
+    with read_activations(model, ["attention", "mlp"], lambda layer, point, a: seen.update({f"{point}.{layer}": a.abs().max().item()})), skip_layers(model, ["attention.1", "mlp.3"]):
+        run_blocks(model, texts()[0])
+    assert [unit for unit in halves(model) if seen[unit] == 0] == ["attention.1", "mlp.3"]
