@@ -383,16 +383,15 @@ def read_ahead(
     blocks later (our reading). FloatingPointError names a layer that is not finite."""
     units, m, whole, first, unit = _units(model, units), len(blocks(model)), {}, 0, None
     off = _Reading(units, ("relative_update",), ("elements",))
-    def keep(layer: int, point: str, a: torch.Tensor): whole[layer + (point == "output")] = a
+    def keep(layer: int, point: str, a: torch.Tensor): whole[layer] = a
     def compare(layer: int, point: str, a: torch.Tensor):
-        if first <= layer <= first + depth: off.add(unit, whole[layer + 1], a, batch["count_mask"])
+        if first <= layer <= first + depth: off.add(unit, whole[layer], a, batch["count_mask"])
     for batch in tqdm(batches, desc="looking ahead", disable=not progress):
-        start = _Pass(model, batch, _no_loss)
-        with read_activations(model, ["input", "output"], keep): run_blocks(model, batch)
+        with read_activations(model, ["output"], keep): start = _Pass(model, batch, _no_loss)
         for unit in units:
             first = layer_of(unit)
             with (skip_layers(model, [unit, *range(first + depth + 1, m)], every=True),
-                  resume_at(model, first, whole[first], start.rest), read_activations(model, ["output"], compare)):
+                  resume_at(model, first, start.entered[first], start.rest), read_activations(model, ["output"], compare)):
                 run_blocks(model, batch)
         off.check()
     return off.stats()
