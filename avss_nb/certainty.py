@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .importance import FROM_AHEAD, FROM_STATS, damage, read_ahead, read_layers, removal_losses
 from .metrics import LayerStats
+from .pruning import _how_many
 
 # %% ../nbs/06b_certainty.ipynb #29f2d531
 def by_text(batches: Iterable[dict]) -> Iterator[tuple[int, dict]]:
@@ -83,7 +84,7 @@ def score_certainty(
     methods, n = list(methods), len(texts.tokens)
     point, rng = texts.under(np.ones(n), methods), np.random.default_rng(seed)
     draws = np.stack([texts.under(rng.multinomial(n, np.full(n, 1 / n)), methods).to_numpy() for _ in range(n_resamples)])
-    k = int(fraction * len(point) + 1e-9)
+    k = _how_many(fraction, len(point))
     lowest = (draws.argsort(axis=1, kind="stable").argsort(axis=1) < k).mean(0)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
     tables = {m: pd.DataFrame(dict(score=point[m], low=low[:, i], high=high[:, i], lowest=lowest[:, i]))
@@ -100,7 +101,7 @@ def settling(
 ) -> pd.DataFrame:              # index (method, order, n_texts); `tokens` read, `found`: share of the final choice
     "How much of the final choice is found after how much text, in random orders of the texts."
     methods, n, rng, rows = list(methods), len(texts.tokens), np.random.default_rng(seed), []
-    lowest = lambda scores: {m: set(scores[m].sort_values(kind="stable").index[:int(fraction * len(scores) + 1e-9)]) for m in methods}
+    lowest = lambda scores: {m: set(scores[m].sort_values(kind="stable").index[:_how_many(fraction, len(scores))]) for m in methods}
     final = lowest(texts.under(np.ones(n), methods))
     for order in range(n_orders):
         weights = np.zeros(n)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'SENTENCE', 'QUESTIONS', 'SENTENCES', 'TEXTS', 'data_folder', 'load_questions', 'load_sentences',
-           'load_text', 'Batches', 'batch_rows', 'batches']
+           'load_text', 'Batches', 'batch_rows', 'batches', 'write_whole', 'stored_table']
 
 # %% ../nbs/01_data.ipynb #c4ff8978
 import csv, hashlib, importlib.resources, json, os, unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -343,3 +343,23 @@ def batches(
     if max_length < 1: raise ValueError(f"max_length is at least 1, not {max_length}")
     rows = _windows(texts, tokenizer, max_length, overflow)
     return batch_rows(rows, tokenizer, batch_size, padding_side, skip_first, max_tokens, sort)
+
+# %% ../nbs/01_data.ipynb #09f14a6a
+def write_whole(path: str | Path, write: Callable[[Path], None]):   # `write` gets the file to write to
+    "Give what `write` wrote its name at once; OSError naming the path."
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except OSError as error: raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if part.exists(): part.unlink()
+
+def stored_table(path: str | Path, make: Callable[[], pd.DataFrame], index="layer") -> pd.DataFrame:
+    "The table stored at `path` as CSV, made when it is not there yet; the same to the last bit either way."
+    if not Path(path).exists():
+        table = make()
+        write_whole(path, table.to_csv)
+    return pd.read_csv(path, index_col=index, dtype=dict(removes=str))

@@ -40,9 +40,12 @@ def token_losses(
     with torch.set_grad_enabled(grad):
         logits = model(**model_inputs(model, batch)).logits[:, :-1]
         target, counted = batch["input_ids"][:, 1:].to(logits.device), _predicted(batch).to(logits.device)
-        # row by row, since a float32 copy of all logits is large
-        loss = [F.cross_entropy(row.float(), ids, reduction="none") for row, ids in zip(logits, target)]
-        return torch.stack(loss).where(counted, 0)
+        return torch.stack([_nll(row, ids) for row, ids in zip(logits, target)]).where(counted, 0)
+
+def _nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:   # (T, V) and (T,) -> (T,) float32
+    "−log p, a few positions at a time: their float32 copy stays in the cache."
+    return torch.cat([F.cross_entropy(part.float(), ids, reduction="none")
+                      for part, ids in zip(logits.split(16), target.split(16))])
 
 def _predicted(batch: dict) -> torch.Tensor:
     "(B, T−1) bool: positions 1…T−1 that are counted and have a token before them."
@@ -187,15 +190,16 @@ class LinearProbe:
         with torch.set_grad_enabled(grad):
             hidden, counted = body(**model_inputs(body, batch))[0].float(), batch["count_mask"][..., None]
             return (hidden * counted.to(hidden.device)).sum(1) / counted.sum(1).clamp_min(1).to(hidden.device)
+    def _logits(self, model: nn.Module, batch: dict, grad: bool = False) -> torch.Tensor:
+        return self._states(model, batch, grad).cpu() @ self.weight.T + self.bias
     def losses(self, model: nn.Module, batch: dict, grad: bool = False, labels: torch.Tensor = None):
         "Cross-entropy of each row in nats (B,) float64, and ones; `labels` of other texts than those fitted to."
-        logits = self._states(model, batch, grad).cpu() @ self.weight.T + self.bias
+        logits = self._logits(model, batch, grad)
         target = (self.labels if labels is None else torch.as_tensor(labels))[batch["index"]]
         return F.cross_entropy(logits, target, reduction="none").double(), torch.ones(len(target), dtype=torch.int64)
     def predict(self, model: nn.Module, batches: Iterable[dict]) -> pd.Series:
         "The class of each text."
-        guess = lambda batch: (self._states(model, batch).cpu() @ self.weight.T + self.bias).argmax(1)
-        rows = [pd.Series(guess(batch).numpy(), index=batch["index"].numpy()) for batch in batches]
+        rows = [pd.Series(self._logits(model, batch).argmax(1).numpy(), index=batch["index"].numpy()) for batch in batches]
         return pd.concat(rows).sort_index()
 
 # %% ../nbs/04_evaluation.ipynb #55deb2e6

@@ -282,11 +282,11 @@ def sleb(
 ) -> list[int | str]:                    # in the order removed
     """Greedy removal: each round takes the layer without which the loss of what is left is least (SLEB, algorithm 1).
     The race, by paired differences over the texts read so far, is ours."""
-    units, batches, gone = _units(model, units), list(batches), []
-    if not batches: raise ValueError("there is no text: the batches are empty")
+    units, gone, held = _units(model, units), [], [(batch, None) for batch in batches]
+    if not held: raise ValueError("there is no text: the batches are empty")
     if not 1 <= n < len(units): raise ValueError(f"n must lie between 1 and {len(units) - 1}, not {n}")
     for _ in tqdm(range(n), desc="sleb", disable=not progress):
-        gone.append(_least_missed(model, batches, gone, [unit for unit in units if unit not in gone], loss, race))
+        gone.append(_least_missed(model, held, gone, [unit for unit in units if unit not in gone], loss, race))
     return gone
 
 def _no_loss(model: nn.Module, batch: dict) -> tuple:
@@ -295,11 +295,13 @@ def _no_loss(model: nn.Module, batch: dict) -> tuple:
         raise FloatingPointError("the model's states are NaN or infinite: nothing was removed")
     return None, None
 
-def _least_missed(model: nn.Module, batches: list[dict], gone: list, playing: list, loss: Callable, race: float | None):
-    "The candidate without which the loss is least, on top of those gone."
+def _least_missed(model: nn.Module, held: list[tuple], gone: list, playing: list, loss: Callable, race: float | None):
+    "The candidate without which the loss is least, on top of those gone; each batch is held with its last pass."
     table = pd.DataFrame()
-    for batch in batches:
-        start = _Pass(model, batch, _no_loss, gone)
+    for i, (batch, last) in enumerate(held):
+        start = (last.less(gone[-1], keep=True, loss=_no_loss) if last and last.gone == tuple(gone[:-1])
+                 else _Pass(model, batch, _no_loss, gone))
+        held[i] = batch, start
         found = {unit: start.less(unit, loss=loss) for unit in playing}
         table = pd.concat([table, pd.DataFrame({unit: p.nll for unit, p in found.items()})])[playing].fillna(np.inf)
         best = min(playing, key=table.sum().get)

@@ -19,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm import tqdm
 
+from .data import write_whole
 from .hooks import POINTS, _check_points, read_activations, run_blocks
 from .models import blocks
 
@@ -72,13 +73,9 @@ class LayerStats:
 # %% ../nbs/03_metrics.ipynb #cc288a45
 def save(self: LayerStats, path: str | Path):
     "Write as safetensors; the file appears whole or not at all."
-    path, part = Path(path), Path(f"{path}.part")
-    try:
-        part.write_bytes(to_bytes({name: tensor.contiguous() for name, tensor in self.sums.items()},
-                                  metadata=dict(format="avss_nb.LayerStats", version="1")))
-        part.replace(path)
-    except OSError as error: raise OSError(f"cannot write {path}: {error.strerror or error}") from None
-    finally: part.unlink(missing_ok=True)
+    data = to_bytes({name: tensor.contiguous() for name, tensor in self.sums.items()},
+                    metadata=dict(format="avss_nb.LayerStats", version="1"))
+    write_whole(path, lambda part: part.write_bytes(data))
 
 def load(path: str | Path) -> LayerStats:
     "Read what `save` wrote; ValueError for a file that is something else or was cut short."

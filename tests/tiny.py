@@ -56,6 +56,9 @@ def without(model, layers):
     "A copy of the model that is built without some of its blocks."
     shorter = deepcopy(model)
     pile, config = blocks(shorter), shorter.config
+    if 0 in layers and hasattr(pile[0], "layer") and (bias := getattr(getattr(pile[0].layer[0], "SelfAttention", None), "relative_attention_bias", None)):   # T5's, for all blocks
+        heir = pile[min(set(range(len(pile))) - set(layers))].layer[0].SelfAttention
+        heir.relative_attention_bias, heir.has_relative_attention_bias = bias, True
     for layer in sorted(layers, reverse=True): del pile[layer]
     for index, block in enumerate(pile):
         for part in block.modules():
