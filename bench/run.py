@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RIVALS = ROOT/".venv-bench"
 SIZES = dict(base=(8, 1), batches=(8, 8), rows=(64, 1))   # windows a batch, batches: the second and third have eight times the tokens
+PARTS = ("overhead", "leave_one_out", "sleb", "memory", "rivals")   # in this order
 RIVAL_WORK = ("hidden_states", "captum", "nnsight_saved", "nnsight_reduced", "collect_output")   # of measure.py; the last is ours
 
 # ---- processes
@@ -80,16 +81,19 @@ def naive_leave_one_out(model, data) -> list[float]:
         with skip_layers(model, [layer]): damages.append(loss() - whole)
     return damages
 
-def leave_one_out_both_ways(model, data) -> dict:
-    "Seconds, peak memory and damages of leave-one-out with and without reusing hidden states, and the seconds that its block and head passes alone take."
-    found, seconds, peak = {}, {}, {}
-    passes = [measure.interleaved(dict(blocks=lambda: [run_blocks(model, b) for b in data], whole=lambda: [row_losses(model, b) for b in data]), 3)]
-    for name, run in dict(reused=leave_one_out, naive=naive_leave_one_out).items():
-        peak[name], (seconds[name], found[name]) = measure.peak_memory(lambda: timed(lambda: list(run(model, data))))
-        passes.append(measure.interleaved(dict(blocks=lambda: [run_blocks(model, b) for b in data], whole=lambda: [row_losses(model, b) for b in data]), 3))
-    body, whole = (median(sum((p[name] for p in passes), [])) for name in ("blocks", "whole"))
-    n = len(blocks(model))
-    return dict(seconds=seconds | dict(minimum=(n + n * (n - 1) / 2) / n * body + (n + 1) * (whole - body)), damage=found, peak=peak)
+def leave_one_out_both_ways(model, data, repeats: int) -> dict:
+    "Median seconds, peak memory and damages of leave-one-out with and without reusing hidden states, and the seconds that its block and head passes alone take."
+    ways = dict(reused=leave_one_out, naive=naive_leave_one_out)
+    plain = dict(blocks=lambda: [run_blocks(model, b) for b in data], whole=lambda: [row_losses(model, b) for b in data])
+    found, taken, peak, passes = {}, {name: [] for name in ways}, {}, {name: [] for name in plain}
+    for _ in range(repeats):
+        for name, seconds in measure.interleaved(plain, 3).items(): passes[name] += seconds
+        for name, run in ways.items():
+            peak[name], (seconds, found[name]) = measure.peak_memory(lambda: timed(lambda: list(run(model, data))))
+            taken[name].append(seconds)
+    body, whole, n = median(passes["blocks"]), median(passes["whole"]), len(blocks(model))
+    minimum = (n + n * (n - 1) / 2) / n * body + (n + 1) * (whole - body)
+    return dict(seconds={name: median(seconds) for name, seconds in taken.items()} | dict(minimum=minimum), damage=found, peak=peak)
 
 def timed(run) -> tuple[float, object]:
     "Seconds that a run takes, and its result."
@@ -124,21 +128,30 @@ def machine() -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all of it runs; prints the table and writes nothing")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="measure these anew, and take the others from results.json")
+    given = parser.parse_args()
+    quick, only = given.quick, given.only
     length, rounds, repeats, pairs = (16, 2, 1, 1) if quick else (256, 9, 3, 3)
     torch.set_grad_enabled(False)
     model, tokenizer = measure.load()
     folder = model.config._name_or_path
+    def passages(split, length): return batches(load_text("pydoc", split=split, n=16), tokenizer, max_length=length, overflow="truncate", batch_size=4)
+    parts = dict(overhead=lambda: overhead(model, measure.passages(tokenizer, *SIZES["base"], length), rounds),
+                 leave_one_out=lambda: leave_one_out_both_ways(model, measure.passages(tokenizer, 4, 1, length), repeats),
+                 sleb=lambda: sleb_both_ways(model, tokenizer, passages("train", length // 4), passages("test", length), 2 if quick else 7),
+                 memory=lambda: memory(folder, length, repeats), rivals=lambda: rivals(folder, length, pairs))
+    results = dict(machine=machine(), length=length, sizes=SIZES)
+    if set(only) != set(PARTS):
+        kept = json.loads((HERE/"results.json").read_text(encoding="utf-8"))
+        if kept["machine"] != results["machine"]: parser.error("results.json is from another machine or other versions: measure all of it")
+        results = kept
     start, others = time.time(), measure.cpu_of_others()
-    results = dict(machine=machine(), length=length, sizes=SIZES, overhead=overhead(model, measure.passages(tokenizer, *SIZES["base"], length), rounds))
-    results["leave_one_out"] = leave_one_out_both_ways(model, measure.passages(tokenizer, 4, 1, length))
-    texts = dict(max_length=length // 4, overflow="truncate")
-    results["sleb"] = sleb_both_ways(model, tokenizer, batches(load_text("pydoc", split="train", n=16), tokenizer, batch_size=4, **texts),
-                                     batches(load_text("pydoc", split="test", n=16), tokenizer, max_length=length, overflow="truncate", batch_size=4), 2 if quick else 7)
-    results["others"] = (measure.cpu_of_others() - others) / (time.time() - start) / os.cpu_count()
-    del model
-    results["memory"] = memory(folder, length, repeats)
-    results["rivals"] = rivals(folder, length, pairs)
+    for part in PARTS[:3]:
+        if part in only: results[part] = parts[part]()
+    if set(only) & set(PARTS[:3]): results["others"] = (measure.cpu_of_others() - others) / (time.time() - start) / os.cpu_count()
+    del model   # what follows runs in processes of its own
+    for part in PARTS[3:]:
+        if part in only: results[part] = parts[part]()
     text = page(results)
     print(text)
     if not quick:

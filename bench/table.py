@@ -93,7 +93,7 @@ The last hidden state of `output_hidden_states` comes after the final norm: it g
 
 How it was measured:
 
-- Time: median ratio of {len(results['overhead']['forward'])} rounds in one process after a warm-up, runs in turn and every other round in the opposite order (in brackets the smallest and largest); {len(rivals['collect_output']['seconds']['work'])} pairs for each library, in a process of its own.
+- Time: median ratio of {len(results['overhead']['forward'])} rounds in one process after a warm-up, runs in turn and every other round in the opposite order (in brackets the smallest and largest); {len(rivals['collect_output']['seconds']['work'])} pairs for each library, in a process of its own. Leave-one-out: the median of 3 runs each way, in turn.
 - Memory: every figure from a fresh process, `VmHWM` of /proc/self/status (the kernel's own peak, reset after loading, a tiny warm-up and one read of every weight) less the resident memory before; median of {len(results['memory']['base']['forward'])} processes for the first size, one for the others. glibc's allocator as it comes.
 - The table's numbers in full: results.json.
 """
