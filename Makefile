@@ -31,9 +31,8 @@ docs: $(READY)  ## build the site into _docs, and README.md
 bench: $(READY)  ## measure side by side with other libraries
 	$(BIN)/python bench/run.py
 
-studies: $(READY)  ## run the two papers' experiments at full size
-	@test -n "$(wildcard nbs/2*.ipynb)" || { echo "There are no study chapters (nbs/20_*.ipynb, nbs/21_*.ipynb) yet." >&2; exit 1; }
-	$(BIN)/python nbs/_run.py $(wildcard nbs/2*.ipynb)
+studies: $(READY)  ## run the papers' experiments at full size (AVSS_NB_DATA: the folder of the benchmark sets)
+	AVSS_NB_FULL=1 $(BIN)/python nbs/_run.py $(wildcard nbs/2*.ipynb)
 
 run: $(READY)  ## run the chapters and store their outputs (NBS="nbs/03_metrics.ipynb" for some of them)
 	$(BIN)/python nbs/_run.py $(NBS)
