@@ -171,7 +171,7 @@ def test_wheel_and_sdist_carry_the_study_notebook(copy):
     with zipfile.ZipFile(wheel) as z:
         assert z.read("avss_nb/30_study.ipynb") == study
         entry_points = z.read(next(n for n in z.namelist() if n.endswith("entry_points.txt"))).decode()
-    assert "avss_study = avss_nb.study:main" in entry_points and "avss_nb = avss_nb._modidx:d" in entry_points
+    assert "avss_study = avss_nb.study:main" in entry_points and "avss_prune = avss_nb.shipping:main" in entry_points and "avss_nb = avss_nb._modidx:d" in entry_points
     sdist, = (copy/"dist").glob("*.tar.gz")
     with tarfile.open(sdist) as t:
         name = next(n for n in t.getnames() if n.endswith("/avss_nb/30_study.ipynb"))
