@@ -75,6 +75,7 @@ def save(self: LayerStats, path: str | Path):
     "Write as safetensors; the file appears whole or not at all."
     data = to_bytes({name: tensor.contiguous() for name, tensor in self.sums.items()},
                     metadata=dict(format="avss_nb.LayerStats", version="1"))
+    if not Path(path).parent.is_dir(): raise OSError(f"cannot write {path}: there is no folder {Path(path).parent}")
     write_whole(path, lambda part: part.write_bytes(data))
 
 def load(path: str | Path) -> LayerStats:
