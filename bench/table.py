@@ -69,11 +69,12 @@ def rival_row(name: str, found: dict, results: dict, ours: list[float]) -> str:
 def page(results: dict) -> str:
     "The whole page."
     m, rivals = results["machine"], results["rivals"]
+    elsewhere = "".join(f" {part.replace('_', '-')} on another machine: {o['cpu']}, {o['cores']} cores, {o['threads']} threads." for part, o in results.get("elsewhere", {}).items())
     ours, last, size = rivals["collect_output"]["variance"], rivals["hidden_states"]["variance"], f"{results['sizes']['base'][0]}×{results['length']}"
     return f"""# Measurements
 
 Written by `make bench`. {m['cpu']}, {m['cores']} cores, torch {m['versions']['torch']} with {m['threads']} threads, transformers {m['versions']['transformers']}, Python {m['python']}.
-SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding. While the times were taken other processes used {results['others']:.1%} of the CPU.
+SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding. While the times were taken other processes used {results['others']:.1%} of the CPU.{elsewhere}
 
 ## Against the bars
 
