@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['prune_to_folder', 'main']
 
-# %% ../nbs/31_shipping.ipynb #ed85195e
+# %% ../nbs/31_shipping.ipynb #16946c8c
 import argparse, json, os, shutil, sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +20,7 @@ from .hooks import model_inputs
 from .importance import BY_RUNNING, FROM_AHEAD, FROM_STATS, layer_scores
 from .models import blocks, load_model
 from .pruning import chance_level, measure_removal, prune_layers, retention_table, select_layers
-from .study import Settings, study_data
+from .study import Settings, _add_settings, study_data
 
 # %% ../nbs/31_shipping.ipynb #07a4979a
 def _own_scores(file: str | Path, score: str, n_layers: int) -> pd.DataFrame:
@@ -133,7 +133,7 @@ def prune_to_folder(
     shutil.rmtree(work)
     return out
 
-# %% ../nbs/31_shipping.ipynb #eb4d1a45
+# %% ../nbs/31_shipping.ipynb #b8990674
 def main(arguments: list[str] = None) -> int:
     "The command `avss_prune`."
     parser = argparse.ArgumentParser("avss_prune", description="Take the least important layers out of a language model, and say what that costs.")
@@ -141,11 +141,7 @@ def main(arguments: list[str] = None) -> int:
     parser.add_argument("--out", required=True, help="the new folder; it must not exist yet")
     parser.add_argument("--score", default="avss", help=f"one of {', '.join(FROM_STATS | FROM_AHEAD | BY_RUNNING)}; default avss")
     parser.add_argument("--scores", help="a CSV file with the columns `layer` and that of --score, instead of measuring")
-    parser.add_argument("--data", help="folder of benchmark files (WikiText-2, SciQ, SST-2); default: the embedded sets")
-    kinds = dict(fraction=float, passages=int, questions=int, sentences=int, max_length=int, seed=int, dtype=str, device=str)
-    for field in fields(Settings):
-        if field.name in kinds: parser.add_argument(f"--{field.name.replace('_', '-')}", type=kinds[field.name], default=field.default, help=f"default {field.default}")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
+    _add_settings(parser)
     try: out = prune_to_folder(**vars(parser.parse_args(arguments)))
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"avss_prune: {' '.join(str(error).split())}", file=sys.stderr)

@@ -410,13 +410,8 @@ def run_study(
     write_report(settings, out)
     return study
 
-def main(arguments: list[str] = None) -> int:
-    "The command `avss_study`."
-    parser = argparse.ArgumentParser("avss_study", description="Study the layers of a language model: "
-                                                               "which matter, which can go, and what that costs.")
-    parser.add_argument("model", help="short name (smollm2-135m), folder, GGUF file or hub id")
-    parser.add_argument("--out", required=True,
-                        help="results folder; a second run with the same settings resumes there")
+def _add_settings(parser: argparse.ArgumentParser):
+    "The options of a command that are `Settings`."
     parser.add_argument("--data",
                         help="folder of benchmark files (WikiText-2, SciQ, SST-2); default: the embedded sets")
     for name, kind in dict(fraction=float, passages=int, questions=int, sentences=int,
@@ -424,6 +419,15 @@ def main(arguments: list[str] = None) -> int:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Settings, name),
                             help=f"default {getattr(Settings, name)}")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
+
+def main(arguments: list[str] = None) -> int:
+    "The command `avss_study`."
+    parser = argparse.ArgumentParser("avss_study", description="Study the layers of a language model: "
+                                                               "which matter, which can go, and what that costs.")
+    parser.add_argument("model", help="short name (smollm2-135m), folder, GGUF file or hub id")
+    parser.add_argument("--out", required=True,
+                        help="results folder; a second run with the same settings resumes there")
+    _add_settings(parser)
     try: run_study(**(options := vars(parser.parse_args(arguments))))
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         print(f"avss_study: {' '.join(str(error).split())}", file=sys.stderr)

@@ -20,7 +20,6 @@ RELOAD = """
 import json, sys, torch, transformers
 from safetensors.torch import load_file, save_file
 torch.set_num_threads(1)
-out = {}
 for folder, kind in json.load(sys.stdin):
     batch = load_file(f"{folder}/batch.safetensors")
     model, info = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)

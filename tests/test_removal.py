@@ -63,7 +63,7 @@ def test_wrong_choices_are_refused_before_anything_runs(sets, monkeypatch):
     with pytest.raises(ValueError, match="no layer 5"): measure_removal(model, tokenizer, dict(whole=[], wrong=[5]), *data)
 
 
-def made(nll: list[float], right: list[float], tokens=(10, 30), items=None) -> pd.DataFrame:
+def made(nll: list[float], right: list[float], tokens=(10, 30)) -> pd.DataFrame:
     "Items of one choice."
     rows = [("perplexity", i, v, n) for i, (v, n) in enumerate(zip(nll, tokens))] + [("questions", i, v, np.nan) for i, v in enumerate(right)]
     return pd.DataFrame(rows, columns=["measure", "item", "value", "tokens"]).assign(removes="").set_index("measure")
