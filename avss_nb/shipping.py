@@ -19,8 +19,8 @@ from .evaluation import is_causal
 from .hooks import model_inputs
 from .importance import BY_RUNNING, FROM_AHEAD, FROM_STATS, layer_scores
 from .models import blocks, load_model
-from .pruning import chance_level, measure_removal, prune_layers, retention_table, select_layers
-from .study import Settings, _add_settings, study_data
+from .pruning import _packed, chance_level, measure_removal, prune_layers, retention_table, select_layers
+from .study import Settings, _add_settings, healed_items, study_data
 
 # %% ../nbs/31_shipping.ipynb #07a4979a
 def _own_scores(file: str | Path, score: str, n_layers: int) -> pd.DataFrame:
@@ -65,12 +65,15 @@ def _save(small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 def _card(recipe: dict, layers: list[int], n_layers: int, parameters: tuple[int, int], left: pd.DataFrame, names: dict) -> str:
     "The README.md of a pruned model."
     base, text = Path(str(recipe["model"])).name if os.path.exists(str(recipe["model"])) else recipe["model"], names["text"]
-    span = lambda r, stem, ends: f"{r[stem]:.2f} [{r[ends + '_low']:.2f}, {r[ends + '_high']:.2f}]" if r[stem] == r[stem] else "not above chance"
-    rows = [f"| {title} | {left[value]['whole']:,.3f} | {left[value]['pruned']:,.3f} | {span(left.loc['pruned'], raw, ends)} | {corrected} |"
+    span = lambda stem, ends: f"{last[stem]:.2f} [{last[ends + '_low']:.2f}, {last[ends + '_high']:.2f}]" if last[stem] == last[stem] else "not above chance"
+    last, steps, columns = left.iloc[-1], recipe["heal_steps"], " | ".join(left.index)
+    rows = [f"| {title} | {' | '.join(f'{v:,.3f}' for v in left[value])} | {span(raw, ends)} | {corrected} |"
             for title, value, raw, ends, corrected in (
         (f"perplexity, {text}", "perplexity", "perplexity_retained", "perplexity", "–"),
-        (f"accuracy, {names['questions']}", "questions", "questions_raw", "questions_raw", span(left.loc["pruned"], "questions_corrected", "questions_corrected")),
-        (f"accuracy, {names['sentences']}", "sentiment", "sentiment_raw", "sentiment_raw", span(left.loc["pruned"], "sentiment_corrected", "sentiment_corrected")))]
+        (f"accuracy, {names['questions']}", "questions", "questions_raw", "questions_raw", span("questions_corrected", "questions_corrected")),
+        (f"accuracy, {names['sentences']}", "sentiment", "sentiment_raw", "sentiment_raw", span("sentiment_corrected", "sentiment_corrected")))]
+    trained = (f"Then healed: {steps} steps of 512 tokens of {text}, distilled from the whole model (LoRA, merged)." if steps
+               else "**Nothing was trained after the removal.**")
     return f"""---
 base_model: {base}
 library_name: transformers
@@ -79,13 +82,13 @@ tags: [pruned, layer-removal, avss_nb]
 # {base} without {len(layers)} of its {n_layers} layers
 
 Removed: layers {', '.join(map(str, layers))} (counted from 0), the lowest by `{recipe['score']}`{' of a given table' if recipe['scores'] else f", measured on {recipe['passages']} passages of {text}"}.
-Parameters: {parameters[1]:,} of {parameters[0]:,} ({parameters[1] / parameters[0]:.0%}). **Nothing was trained after the removal.**
+Parameters: {parameters[1]:,} of {parameters[0]:,} ({parameters[1] / parameters[0]:.0%}). {trained}
 
-| measured on other text | whole | pruned | retained | corrected for chance |
-| --- | --- | --- | --- | --- |
+| measured on other text | {columns} | retained | corrected for chance |
+|{' --- |' * (len(left) + 3)}
 {chr(10).join(rows)}
 
-Retained: accuracy over accuracy, and the whole model's perplexity over the pruned one's; in brackets 95 % intervals by the paired bootstrap over {recipe['passages']} passages, {recipe['questions']} questions and {recipe['sentences']} sentences.
+Retained: accuracy over accuracy, and the whole model's perplexity over that of the model in this folder; in brackets 95 % intervals by the paired bootstrap over {recipe['passages']} passages, {recipe['questions']} questions and {recipe['sentences']} sentences.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,7 +105,7 @@ def prune_to_folder(
     score: str = "avss",                  # of `layer_scores`, or a column of `scores`
     scores: str | Path = None,            # a CSV file with a row a layer, instead of measuring
     trust_remote_code: bool = False,
-    **settings,                           # further `avss_nb.study.Settings`: fraction, passages, data, dtype, seed …
+    **settings,                           # further `avss_nb.study.Settings`: fraction, heal_steps, passages, data, dtype, seed …
 ) -> Path:
     """Score, remove, measure, save: a folder that transformers loads, with a card. A killed run goes on when called again.
     ValueError, OSError or FloatingPointError before anything of that name is there."""
@@ -118,13 +121,18 @@ def prune_to_folder(
     given = _own_scores(scores, score, n_layers) if scores else None
     select_layers(pd.Series(range(n_layers)), settings.fraction)      # errors now, not after the measurements
     prune_layers(whole, [n_layers - 1])
+    if settings.heal_steps: _packed(data["train"], tokenizer, max_length=128, batch_size=4)
     work = _workplace(out, recipe)
     calibration = batches(data["calibration"], tokenizer, settings.max_length, batch_size=4, overflow="truncate")
     table = stored_table(work / "scores.csv", lambda: layer_scores(whole, calibration, [score], progress=True) if given is None else given)
     layers = select_layers(table[score], settings.fraction)
     items = measure_removal(whole, tokenizer, dict(whole=[], pruned=layers), data["held_out"], data["questions"], data["sentences"],
                             work / "items", settings.max_length, progress=True)
-    left, small, folder = retention_table(items, chance_level(data["questions"]), seed=settings.seed), prune_layers(whole, layers), work / "model"
+    small, folder = prune_layers(whole, layers), work / "model"
+    if settings.heal_steps:
+        small, again = healed_items(whole, tokenizer, data, layers, settings, work)
+        items = pd.concat([items, pd.concat(dict(healed=again), names=["choice"])])
+    left = retention_table(items, chance_level(data["questions"]), seed=settings.seed)
     _save(small, tokenizer, folder, next(iter(calibration)))
     table.to_csv(folder / "layer_scores.csv")
     left.to_csv(folder / "retention.csv")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'MARKERS', 'Settings', 'study_data', 'Study', 'layer_profile', 'measure_sensitivity', 'measure',
-           'load_study', 'summary', 'in_words', 'plot_profile', 'plot_retention', 'plot_certainty', 'plot_sensitivity',
-           'removal_table', 'write_report', 'run_study', 'main']
+           'healed_items', 'load_study', 'summary', 'in_words', 'plot_profile', 'plot_retention', 'plot_certainty',
+           'plot_sensitivity', 'removal_table', 'write_report', 'run_study', 'main']
 
 # %% ../nbs/30_study.ipynb #cbfa187d
 import argparse, importlib.resources, json, os, platform, shutil, sys, tempfile, warnings
@@ -21,6 +21,7 @@ import torch, transformers
 from execnb.nbio import dict2nb, write_nb
 from execnb.shell import CaptureShell
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .certainty import score_certainty, score_texts, settled_after, settling
 from .data import (batches, data_folder, load_questions, load_sentences, load_text, stored_table,
@@ -30,7 +31,8 @@ from .importance import (FROM_AHEAD, FROM_STATS, damage, layer_scores, rank_agre
                                 removal_losses)
 from .metrics import LayerStats, avss, sparsity, variance
 from .models import blocks, load_model
-from .pruning import chance_level, measure_removal, retention_table, select_layers
+from .pruning import (_measure_items, _packed, chance_level, heal, measure_removal, prune_layers, retention_table,
+                             select_layers)
 
 # %% ../nbs/30_study.ipynb #0c71e8a0
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Settings:
     dtype: str | None = None      # default: the dtype of the stored weights
     device: str | None = None     # default: cuda where there is one
     seed: int = 0
+    heal_steps: int = 0           # of distillation after AVSS's removal, 512 tokens each; 0: nothing is trained
     def __post_init__(self):
+        if self.heal_steps < 0: raise ValueError(f"heal_steps must be at least 0, not {self.heal_steps}")
         if not 0 < self.fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1 (both excluded), not {self.fraction}")
         for name in ("passages", "questions", "sentences", "max_length"):
@@ -60,7 +64,7 @@ def study_data(settings: Settings) -> dict:
     folder, n, seed = data_folder(settings.data) if settings.data else None, settings.passages, settings.seed
     text, fit, test = ("wikitext2", "valid", "test") if folder else ("pydoc", "train", "test")
     calibration = load_text(text, folder, fit, n=2 * n, seed=seed)
-    return dict(calibration=calibration[::2], second=calibration[1::2],
+    return dict(calibration=calibration[::2], second=calibration[1::2], train=load_text(text, folder, fit),
                 held_out=load_text(text, folder, test, n=n, seed=seed),
                 questions=load_questions("sciq" if folder else "atlas", folder, "test", n=settings.questions,
                                          seed=seed),
@@ -117,7 +121,7 @@ class Study:
     def agreement(self) -> pd.DataFrame: return rank_agreement(self.scores.drop(columns="leave_one_out"), self.losses)
 
 # %% ../nbs/30_study.ipynb #31122ba5
-LABELS = dict(whole="nothing removed", avss="AVSS, relative update", variance="variance, relative update",
+LABELS = dict(whole="nothing removed", avss="AVSS, relative update", avss_healed="AVSS, healed", variance="variance, relative update",
               avss_output="AVSS, output (prose)", avss_authors="AVSS, published code",
               avss_ahead="AVSS, looking ahead", influence_ahead="influence, looking ahead",
               block_influence="Block Influence", taylor="Taylor", magnitude="magnitude",
@@ -163,7 +167,8 @@ def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False
                                   device=settings.device, trust_remote_code=trust_remote_code)
     if not is_causal(model):
         raise ValueError(f"{settings.model} is a {type(model).__name__}: a study needs a causal language model")
-    select_layers(pd.Series(range(len(blocks(model)))), settings.fraction)   # an error now, not after the measurements
+    select_layers(pd.Series(range(len(blocks(model)))), settings.fraction)   # errors now, not after the measurements
+    if settings.heal_steps: _packed(data["train"], tokenizer, max_length=128, batch_size=4)
     _note_settings(out, settings)
     cut = dict(max_length=settings.max_length, batch_size=4, overflow="truncate")
     calibration = batches(data["calibration"], tokenizer, **cut)
@@ -182,6 +187,15 @@ def _losses(files: list[Path]) -> pd.DataFrame:
     parts = [pd.read_csv(file, index_col="text") for file in files]
     return pd.concat(parts).groupby("text").sum(skipna=False).rename(columns=lambda c: int(c) if c.isdigit() else c)
 
+def healed_items(model, tokenizer, data: dict, layers: list[int], settings: Settings,
+                 out: Path) -> tuple[PreTrainedModel, pd.DataFrame]:
+    "What is left without these layers, distilled from the whole model on the training text; and its answers to every item."
+    small = heal(prune_layers(model, layers), data["train"], model, tokenizer, out / "healing", settings.heal_steps,
+                 seed=settings.seed, progress=True)
+    items = stored_table(out / "items" / "healed.csv", lambda: _measure_items(
+        small, tokenizer, data["held_out"], data["questions"], data["sentences"], [], settings.max_length), "measure")
+    return small, items.assign(removes=" ".join(map(str, layers)))
+
 def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, calibration, cut: dict) -> Study:
     stats = lambda: _stats(out / "stats.safetensors", model, calibration, ("elements", "samples", "neurons"))
     second = lambda: _stats(out / "stats-second-draw.safetensors", model, batches(data["second"], tokenizer, **cut))
@@ -194,8 +208,13 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     methods = [m for m in FROM_STATS if m != "angular_distance"] + [*FROM_AHEAD, "taylor", "magnitude", "position"]
     scores = stored_table(out / "scores.csv", lambda: layer_scores(model, calibration, methods, stats=stats())
                                                       .assign(leave_one_out=damage(losses)))
-    items = lambda: measure_removal(model, tokenizer, _choices(scores, settings), data["held_out"], data["questions"],
-                                    data["sentences"], out / "items", settings.max_length, progress=True)
+    choices = _choices(scores, settings)
+    def items():
+        found = measure_removal(model, tokenizer, choices, data["held_out"], data["questions"], data["sentences"],
+                                out / "items", settings.max_length, progress=True)
+        if not settings.heal_steps: return found
+        again = healed_items(model, tokenizer, data, choices["avss"], settings, out)[1]
+        return pd.concat([found, pd.concat(dict(avss_healed=again), names=["choice"])])
     removal = stored_table(out / "removal.csv", lambda: retention_table(items(), chance_level(data["questions"]),
                                                                         seed=settings.seed), "method")
     sensitivity = stored_table(out / "sensitivity.csv",
@@ -240,19 +259,23 @@ def summary(study: Study) -> dict:
 def in_words(study: Study) -> str:
     "The answer of a study, in Markdown."
     t, a, d = study.removal, study.agreement, study.damage
-    rivals = t.drop(["whole", *(m for m in t.index if m.startswith("random"))])
+    rivals = t.drop(["whole", *(m for m in t.index if m.startswith(("random", "avss_healed")))])
     best, wisest = rivals.perplexity.idxmin(), rivals.questions.astype(float).idxmax()
     removed = _layers(t.loc["avss", "removes"])
     spear = lambda m: f"{a.spearman[m]:.2f} [{a.low[m]:.2f}, {a.high[m]:.2f}]"
     nearest = a.spearman.idxmax()
     above_chance = np.isfinite(t.loc["whole", ["questions_corrected", "sentiment_corrected"]].astype(float)).all()
     kept = [LABELS[m] for m in t.index
-            if m != "whole" and min(t.loc[m, ["perplexity_retained", "questions_raw", "sentiment_raw"]]) > .9]
+            if m not in ("whole", "avss_healed") and min(t.loc[m, ["perplexity_retained", "questions_raw", "sentiment_raw"]]) > .9]
     claim = ("holds here on all three measures (raw, without healing) "
              f"{'for ' + ', '.join(kept) if kept else 'for no score'}" if above_chance
              else "cannot be judged here: the whole model answers no better than chance")
     part = lambda m, what: (f"{t.loc[m, what]:.0%} [{t.loc[m, what + '_low']:.0%}, {t.loc[m, what + '_high']:.0%}]"
                             if np.isfinite(t.loc[m, what]) else "not measurable (the whole model is not above chance)")
+    healed = "" if "avss_healed" not in t.index else f"""
+
+**Healed.** After {study.settings.heal_steps} steps of distillation from the whole model on the training part of the text: perplexity {t.loc['avss_healed', 'perplexity']:,.1f}; \
+{part('avss_healed', 'questions_corrected')} of the question answering and {part('avss_healed', 'sentiment_corrected')} of the sentiment classification are retained."""
     surely = int((study.certainty.loc["avss"].lowest >= .95).sum())
     return f"""**Which layers matter.** Taking out layer {d.idxmax()} alone \
 raises the loss by {d.max():.2f} nats a token, \
@@ -269,7 +292,7 @@ the lowest of all scores, {LABELS[best]}: {t.loc[best, 'perplexity']:,.1f}).
 **What that costs.** Corrected for chance, {part('avss', 'questions_corrected')} of the question answering \
 and {part('avss', 'sentiment_corrected')} of the sentiment classification are retained \
 (most of the question answering by {LABELS[wisest]}: {part(wisest, 'questions_corrected')}).
-The paper's claim, more than 90 % of the performance kept without a quarter of the layers, {claim}.
+The paper's claim, more than 90 % of the performance kept without a quarter of the layers, {claim}.{healed}
 
 **How sure.** In 95 of 100 draws of the texts {surely} of the {len(removed)} layers that AVSS removes are among its lowest; \
 its choice stands after {study.settled.loc['avss', 'median']:,.0f} tokens (median over random orders of \
@@ -415,7 +438,7 @@ def _add_settings(parser: argparse.ArgumentParser):
     parser.add_argument("--data",
                         help="folder of benchmark files (WikiText-2, SciQ, SST-2); default: the embedded sets")
     for name, kind in dict(fraction=float, passages=int, questions=int, sentences=int,
-                           max_length=int, seed=int, dtype=str, device=str).items():
+                           max_length=int, seed=int, heal_steps=int, dtype=str, device=str).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Settings, name),
                             help=f"default {getattr(Settings, name)}")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")

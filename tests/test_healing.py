@@ -1,0 +1,152 @@
+"""Healing beyond its chapter: families, precisions, a process that is killed, and what must stay as it was."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from avss_nb.models import blocks
+from avss_nb.pruning import _last_checkpoint, decoding_cost, heal, prune_layers
+from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, batch_of, one_thread, tiny
+
+CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
+TEXT = ["Snow is white, grass is green, and coal is black.", "One two three four five six seven."] * 8
+SHORT = dict(steps=6, batch_size=2, max_length=8, rank=4, learning_rate=1e-2)
+
+
+class Letters:
+    "A tokenizer: a token a letter."
+    eos_token_id = 2
+    def __call__(self, texts): return SimpleNamespace(input_ids=[[3 + ord(c) % (VOCABULARY - 3) for c in text] for text in texts])
+
+
+def healed(model, teacher=None, **options):
+    return heal(model, TEXT, teacher, Letters(), **SHORT | options)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_every_family_learns_from_its_teacher_and_leaves_it_alone(family, tmp_path):
+    whole, losses = tiny(family), []
+    small, before = prune_layers(whole, [1]), weights(whole)
+    after = healed(small, whole, on_step=lambda step, loss: losses.append(loss), steps=12)
+    assert sum(losses[-3:]) < .95 * sum(losses[:3])
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in whole.named_parameters())
+    assert not whole.training and not after.training and len(blocks(after)) == 4
+    after.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = batch_of(9)["input_ids"]
+    with torch.no_grad(): found, wanted, unhealed = (m(ids).logits for m in (again, after, small))
+    assert torch.equal(found, wanted) and not torch.allclose(wanted, unhealed, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    whole, losses = tiny("llama").to(dtype), []
+    after = healed(prune_layers(whole, [1]), whole, on_step=lambda step, loss: losses.append(loss), steps=12)
+    assert {p.dtype for p in after.parameters()} == {dtype} and sum(losses[-3:]) < .95 * sum(losses[:3])
+
+
+def test_what_is_not_trained_is_shared():
+    whole = tiny("llama")
+    after = healed(prune_layers(whole, [1]), whole)
+    own, theirs = dict(after.named_parameters()), {p.data_ptr() for p in whole.parameters()}
+    shared = {name for name, p in own.items() if p.data_ptr() in theirs}
+    assert shared == {name for name in own if "proj" not in name}
+
+
+def test_a_teacher_that_is_the_model_itself_teaches_nothing():
+    whole, losses = tiny("llama"), []
+    healed(whole, whole, on_step=lambda step, loss: losses.append(loss))
+    assert abs(losses[0]) < 1e-5
+
+
+def test_an_error_in_training_leaves_the_models_as_they_were():
+    whole = tiny("llama")
+    small, before = prune_layers(whole, [1]), weights(whole)
+    def stop(step, loss):
+        if step == 3: raise RuntimeError("enough")
+    with pytest.raises(RuntimeError, match="enough"): healed(small, whole, on_step=stop)
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in whole.named_parameters())
+    assert not any("lora" in name for name, _ in small.named_parameters())
+
+
+def test_the_callers_random_numbers_go_on():
+    whole = tiny("llama")
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
+    healed(prune_layers(whole, [1]), whole)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())
+
+
+CHILD = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+from test_healing import healed, prune_layers, tiny
+torch.set_num_threads(1)
+def slowly(step, loss):
+    print(step, flush=True)
+    if {slow}: time.sleep(.2)
+whole = tiny("llama")
+after = healed(prune_layers(whole, [1]), whole, out={out!r}, steps=20, save_every=4, on_step=slowly)
+torch.save(after.state_dict(), {out!r} + ".weights")
+"""
+
+
+def run(out, slow: bool) -> subprocess.Popen:
+    code = CHILD.format(tests=os.path.dirname(__file__), out=str(out), slow=slow)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
+    first = run(tmp_path/"cut", slow=True)
+    for line in first.stdout:
+        if line.strip() == "10": break
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert _last_checkpoint(tmp_path/"cut").endswith("checkpoint-8")
+    half = tmp_path/"cut"/"checkpoint-12"           # a checkpoint that was being written
+    half.mkdir(exist_ok=True)
+    second, straight = run(tmp_path/"cut", slow=False), run(tmp_path/"straight", slow=False)
+    steps = second.communicate()[0].split()
+    assert second.returncode == 0 and steps[0] == "8" and steps[-1] == "19", steps
+    assert straight.wait() == 0
+    cut, whole = (torch.load(tmp_path/f"{name}.weights", weights_only=True) for name in ("cut", "straight"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    whole, steps = tiny("llama"), []
+    options = dict(out=tmp_path/"run", save_every=3)
+    first = healed(prune_layers(whole, [1]), whole, **options)
+    again = healed(prune_layers(whole, [1]), whole, on_step=lambda step, loss: steps.append(step), **options)
+    assert not steps and all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters()))
+
+
+@pytest.mark.parametrize("change", [dict(seed=1), dict(rank=2), dict(steps=7)], ids=str)
+def test_a_folder_of_another_run_is_left_alone(tmp_path, change):
+    whole = tiny("llama")
+    healed(prune_layers(whole, [1]), whole, out=tmp_path/"run")
+    before = sorted(p.name for p in (tmp_path/"run").iterdir())
+    with pytest.raises(ValueError, match="holds a run with"): healed(prune_layers(whole, [1]), whole, out=tmp_path/"run", **change)
+    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == before
+
+
+def test_costs_of_a_cache_that_is_not_keys_and_values():
+    with pytest.raises(ValueError, match="holds no keys and values"): decoding_cost(dict(whole=tiny("mamba")), repeats=1, n_tokens=2)
+
+
+def test_cost_counts_shared_weights_once():
+    whole = tiny("llama", tie_word_embeddings=True)
+    cost = decoding_cost(dict(whole=whole, small=prune_layers(whole, [1])), repeats=1, n_tokens=2, prompt_tokens=3)
+    assert cost.weight_bytes["whole"] == 4 * whole.num_parameters() == 4 * cost.parameters["whole"]
+    assert cost.cache_bytes.tolist() == [n * 2 * 2 * 8 * 4 * 5 for n in (5, 4)]     # blocks × keys and values × heads × width × bytes × tokens
