@@ -6,8 +6,9 @@
 __all__ = ['is_causal', 'token_losses', 'row_losses', 'text_losses', 'perplexity', 'option_logprobs', 'choose', 'answer_questions', 'classify', 'LinearProbe', 'retention', 'retention_interval', 'perplexity_retention', 'LOCAL_TASKS', 'OWN_TASKS', 'task_items', 'summarize_tasks', 'evaluate_tasks', 'expected_calibration_error', 'reliability', 'calibration', 'multiple_choice', 'choice_confidence']
 
 # %% ../nbs/04_evaluation.ipynb #7fdb35cc
-import warnings
+import inspect, warnings
 from collections.abc import Iterable
+from copy import deepcopy
 
 import numpy as np
 import pandas as pd
@@ -17,11 +18,13 @@ from datasets import Dataset
 from scipy import stats as sps
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from .data import batch_rows
-from .hooks import model_inputs
+from .hooks import _counts_positions_itself, model_inputs
 
 # %% ../nbs/04_evaluation.ipynb #9508fc2e
 def is_causal(model: nn.Module) -> bool:
@@ -89,6 +92,44 @@ def perplexity(
     losses = text_losses(model, batches)
     return float(np.exp(losses.nll.sum() / losses.tokens.sum()))
 
+# %% ../nbs/04_evaluation.ipynb #638e5844
+def _cache_name(model: nn.Module) -> str:
+    "The name under which a model takes its cache: an older one until transformers 5.40."
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+def _cache_of(out): return out.cache if hasattr(out, "cache") else getattr(out, "past_key_values", None)
+
+def _after_prompts(model: nn.Module, batch: dict) -> tuple[torch.Tensor, DynamicCache | None]:
+    "(B, V) log-probabilities of the token after each prompt, and the cache where it holds plain keys and values."
+    inputs = model_inputs(model, batch)
+    with torch.no_grad(): out = model(**{k: True if k == "use_cache" else v for k, v in inputs.items()}, logits_to_keep=1)
+    cache = _cache_of(out)
+    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return out.logits[:, -1].float().log_softmax(-1).cpu(), cache if plain else None
+
+def _behind_cache(model: nn.Module, cache: DynamicCache, batch: dict, rows: list[int], targets: Iterable[list[int]]) -> list[torch.Tensor]:
+    "For each target, (tokens − 1, V): what is predicted from its tokens but the last, behind the cached prompt in this row."
+    ids, mask = (pad_sequence([torch.tensor(x) for x in part], batch_first=True) for part in
+                 zip(*((t[:-1], [1] * (len(t) - 1)) for t in targets)))
+    given = dict(input_ids=ids, attention_mask=torch.cat([batch["attention_mask"][rows], mask], 1))
+    if "position_ids" in inspect.signature(model.forward).parameters and not _counts_positions_itself(model):
+        given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1)[:, -ids.shape[1]:]
+    own, device = deepcopy(cache), next(model.parameters()).device
+    own.batch_select_indices(torch.tensor(rows, device=device))
+    with torch.no_grad(): out = model(**{k: v.to(device) for k, v in given.items()}, **{_cache_name(model): own}, use_cache=True)
+    return list(out.logits.float().log_softmax(-1).cpu())
+
+def _behind_prompts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[tuple], targets: Iterable[list[int]]) -> list[torch.Tensor]:
+    "The same without a cache: each prompt is read again."
+    batch = next(iter(batch_rows([(i, [*p, *t[:-1]]) for i, (p, t) in enumerate(zip(prompts, targets))], tokenizer,
+                                 len(prompts), padding_side="left", sort=False)))
+    with torch.no_grad(): logits = model(**model_inputs(model, batch), logits_to_keep=max(map(len, targets)) - 1).logits
+    return [row[-(len(t) - 1):].float().log_softmax(-1).cpu() for row, t in zip(logits, targets)]
+
+def _of(logp: torch.Tensor, ids: list[int]) -> float:
+    "Σ log p of these tokens, one a position."
+    return float(logp[torch.arange(len(ids)), torch.tensor(ids)].double().sum())
+
 # %% ../nbs/04_evaluation.ipynb #e0048734
 def option_logprobs(
     model: nn.Module,
@@ -100,7 +141,7 @@ def option_logprobs(
 ) -> pd.DataFrame:                   # one row an option: `item, option, logprob` (nats, summed), `tokens`
     """Log-probability of each option after its prompt; ValueError for an option without a token,
     FloatingPointError naming an item that is not finite."""
-    rows, contexts = [], {}
+    rows, prefixes = [], {}
     for item, (prompt, choice) in enumerate(zip(prompts, options, strict=True)):
         start = len(tokenizer(prompt).input_ids)
         for number, option in enumerate(choice):
@@ -108,28 +149,27 @@ def option_logprobs(
             if not 0 < start < len(ids):
                 raise ValueError(f"option {number} of question {item} has no token of its own after its prompt: "
                                  f"{option!r}")
-            context = contexts.setdefault(tuple(ids[:-1]), len(contexts))
-            rows.append(dict(item=item, option=number, tokens=len(ids) - start, context=context, target=ids[start:]))
-    table = pd.DataFrame(rows)
-    found = np.empty(len(table))
-    for batch in tqdm(batch_rows(list(enumerate(contexts)), tokenizer, batch_size, padding_side="left"),
+            prefix = prefixes.setdefault(tuple(ids[:start]), len(prefixes))
+            rows.append(dict(item=item, option=number, tokens=len(ids) - start, prefix=prefix, target=ids[start:]))
+    table, prefixes = pd.DataFrame(rows), list(prefixes)
+    found = np.zeros(len(table))
+    for batch in tqdm(batch_rows(list(enumerate(prefixes)), tokenizer, batch_size, padding_side="left"),
                       desc="options", disable=not progress):
-        found = _fill(found, model, batch, table)
+        here = table[table.prefix.isin(batch["index"].tolist())]
+        logp, cache = _after_prompts(model, batch)
+        row = here.prefix.map({prefix: row for row, prefix in enumerate(batch["index"].tolist())})
+        found[here.index] = logp[row.tolist(), [t[0] for t in here.target]].double().numpy()
+        longer = here[here.tokens > 1]
+        for first in range(0, len(longer), batch_size):
+            part = longer[first:first + batch_size]
+            behind = (_behind_cache(model, cache, batch, row[part.index].tolist(), part.target) if cache is not None else
+                      _behind_prompts(model, tokenizer, [prefixes[i] for i in part.prefix], part.target))
+            found[part.index] += [_of(logp, target[1:]) for logp, target in zip(behind, part.target)]
     table = table.assign(logprob=found)[["item", "option", "logprob", "tokens"]]
     if not np.isfinite(found).all():
         raise FloatingPointError(f"the likelihoods of question {table.item[~np.isfinite(found)].iloc[0]} "
                                  "are not finite")
     return table
-
-def _fill(found: np.ndarray, model: nn.Module, batch: dict, table: pd.DataFrame) -> np.ndarray:
-    "Write the summed log-probability of each option whose context is in this batch."
-    place = {context: row for row, context in enumerate(batch["index"].tolist())}
-    here = table[table.context.isin(place)]
-    with torch.no_grad(): logits = model(**model_inputs(model, batch), logits_to_keep=int(here.tokens.max())).logits
-    logp = logits[:, -int(here.tokens.max()):].float().log_softmax(-1).cpu()
-    for i, context, target in zip(here.index, here.context, here.target):
-        found[i] = logp[place[context], -len(target):].gather(1, torch.tensor(target)[:, None]).double().sum()
-    return found
 
 # %% ../nbs/04_evaluation.ipynb #ba362515
 def choose(table: pd.DataFrame) -> pd.DataFrame:

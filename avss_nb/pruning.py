@@ -353,7 +353,7 @@ def paired_difference(
     measures = items.loc[one].index.unique()
     return pd.DataFrame({(m, o): gain(m, o) for m in measures for o in others}).T.rename_axis(["measure", "other"])
 
-# %% ../nbs/05c_healing.ipynb #fd04a47f
+# %% ../nbs/05c_healing.ipynb #8a4c5570
 import hashlib, json, random
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -365,7 +365,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 from .data import write_whole
 from .evaluation import _nll
 
-# %% ../nbs/05c_healing.ipynb #1e3f558a
+# %% ../nbs/05c_healing.ipynb #126d378c
 def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int) -> torch.Tensor:
     "(rows, max_length) token ids; ValueError where they do not fill one batch."
     if isinstance(texts, str): raise ValueError("`texts` is one string: give a list of strings")
@@ -377,7 +377,7 @@ def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length
                          f"and a batch needs {batch_size}: give more text, or a smaller max_length or batch_size")
     return torch.tensor(ids[:n * max_length]).view(n, max_length)
 
-# %% ../nbs/05c_healing.ipynb #a2d537d8
+# %% ../nbs/05c_healing.ipynb #08e38fe6
 class _Healer(Trainer):
     "A Trainer with the language-model loss, or the divergence from a teacher; it says each step's loss."
     def __init__(self, *args, teacher: nn.Module = None, on_step: Callable[[int, float], None] = None, **kwargs):
@@ -415,7 +415,7 @@ def healing_loss(
     with torch.no_grad(): wanted = teacher(input_ids=input_ids, use_cache=False).logits
     return _Divergence.apply(logits.flatten(0, 1), wanted.flatten(0, 1))
 
-# %% ../nbs/05c_healing.ipynb #0d2c6432
+# %% ../nbs/05c_healing.ipynb #8de3b3ae
 def _run_folder(out: str | Path, recipe: dict) -> Path:
     "The folder of a run; ValueError where it holds another run or something else."
     out, note = Path(out), Path(out) / "healing.json"
@@ -433,7 +433,7 @@ def _last_checkpoint(out: Path) -> str | None:
     found = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.rpartition("-")[2]))
     return str(found[-1].parent) if found else None
 
-# %% ../nbs/05c_healing.ipynb #43995c17
+# %% ../nbs/05c_healing.ipynb #63bb142d
 @contextmanager
 def _own_dice(seed: int):
     "Inside, random numbers follow the seed; afterwards the caller's go on."
@@ -447,8 +447,8 @@ def _train(model: PreTrainedModel, rows: torch.Tensor, teacher, arguments: Train
     "Wrap a twin, train it, merge."
     shared = [(p, p.requires_grad) for m in (model, teacher) if m is not None for p in m.parameters()]
     try:
-        with warnings.catch_warnings():       # of peft: it asks for a name that transformers will drop
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings():       # peft's, of what it settles by itself
+            warnings.simplefilter("ignore")
             student = get_peft_model(_twin(model), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
         with tqdm(total=arguments.max_steps, desc="healing", disable=not progress) as bar:
             def told(step: int, loss: float):
@@ -460,10 +460,11 @@ def _train(model: PreTrainedModel, rows: torch.Tensor, teacher, arguments: Train
     finally:
         for p, needed in shared: p.requires_grad_(needed)
     for layer in student.modules():           # merging writes into the weights: these become the healed model's own
-        if isinstance(layer, BaseTunerLayer): layer.get_base_layer().weight = nn.Parameter(layer.get_base_layer().weight.detach().clone())
+        if not isinstance(layer, BaseTunerLayer): continue
+        for name, p in [*(base := layer.get_base_layer()).named_parameters(recurse=False)]: setattr(base, name, nn.Parameter(p.detach().clone()))
     return student.merge_and_unload().eval().requires_grad_(True)
 
-# %% ../nbs/05c_healing.ipynb #c10c7fe0
+# %% ../nbs/05c_healing.ipynb #4c09349d
 def heal(
     model: PreTrainedModel,                   # what is left, from `prune_layers`; a whole model as a control
     texts: Iterable[str],                     # to train on
@@ -498,9 +499,12 @@ def heal(
             report_to="none", disable_tqdm=True)
         with _own_dice(seed): return _train(model, rows, teacher, arguments, rank, on_step, progress)
 
-# %% ../nbs/05d_cost.ipynb #aa68cc04
+# %% ../nbs/05d_cost.ipynb #c82353f1
 import time
 
+from .evaluation import _cache_name, _cache_of, is_causal
+
+# %% ../nbs/05d_cost.ipynb #938c5b2b
 def _decoded(model: PreTrainedModel, ids: torch.Tensor, n_tokens: int) -> tuple[list[float], Cache]:
     "Seconds of each of `n_tokens` greedy steps after the prompt, and the cache after the last."
     seconds = []
@@ -508,10 +512,10 @@ def _decoded(model: PreTrainedModel, ids: torch.Tensor, n_tokens: int) -> tuple[
         out = model(input_ids=ids, use_cache=True)
         for _ in range(n_tokens):
             token, start = out.logits[:, -1:].argmax(-1), time.perf_counter()
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, **{_cache_name(model): _cache_of(out)}, use_cache=True)
             if token.is_cuda: torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-    return seconds, out.past_key_values
+    return seconds, _cache_of(out)
 
 def decoding_cost(
     models: dict[str, PreTrainedModel],   # the first is the whole one

@@ -225,6 +225,7 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     settled = stored_table(out / "settled.csv", lambda: settled_after(settling(
         texts(), fraction=settings.fraction, seed=settings.seed)), "method")
     study = Study(settings, out, data["names"], profile, scores, losses, removal, sensitivity, certainty, settled)
+    shutil.rmtree(out / "healing", ignore_errors=True)      # its checkpoints: the answers are stored
     if not (out / "results.json").exists():
         write_whole(out / "results.json", lambda part: part.write_text(json.dumps(summary(study), indent=1)))
     return study

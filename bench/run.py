@@ -17,19 +17,21 @@ from statistics import median
 import torch
 
 import measure
-from avss_nb.data import batches, load_text
-from avss_nb.evaluation import perplexity, row_losses, text_losses
+from avss_nb.data import batches, load_questions, load_text
+from avss_nb.evaluation import option_logprobs, perplexity, row_losses, task_items, text_losses
 from avss_nb.hooks import run_blocks
 from avss_nb.importance import leave_one_out, sleb
 from avss_nb.models import blocks, load_model
-from avss_nb.pruning import skip_layers
+from avss_nb.pruning import decoding_cost, healing_loss, prune_layers, skip_layers
 from table import page
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RIVALS = ROOT/".venv-bench"
 SIZES = dict(base=(8, 1), batches=(8, 8), rows=(64, 1))   # windows a batch, batches: the second and third have eight times the tokens
-PARTS = ("overhead", "leave_one_out", "sleb", "memory", "rivals")   # in this order
+PARTS = ("overhead", "leave_one_out", "sleb", "decoding", "options", "healing", "memory", "rivals")   # in this order
+HERE_PARTS = PARTS[:6]   # in this process
+SEVEN = [3, 12, 13, 14, 17, 25, 26]
 RIVAL_WORK = ("hidden_states", "captum", "nnsight_saved", "nnsight_reduced", "collect_output")   # of measure.py; the last is ours
 
 # ---- processes
@@ -119,6 +121,34 @@ def sleb_both_ways(model, tokenizer, data, held_out, n: int) -> dict:
         with skip_layers(model, layers): return perplexity(model, held_out)
     return dict(seconds=seconds, chosen=chosen, perplexity={name: left(layers) for name, layers in chosen.items()}, tokens=data.n_tokens)
 
+def options_both_ways(model, tokenizer, n: int, rounds: int) -> dict:
+    "Seconds of the likelihoods of the atlas's options, by our fast path and by lm-eval, and the largest difference."
+    atlas, found = load_questions("atlas").select(range(n)), {}
+    prompts = [f"Question: {q}\nAnswer:" for q in atlas["question"]]
+    options = [[f" {o}" for o in (a[0], *wrong)] for a, wrong in zip(atlas["answers"], atlas["distractors"])]
+    def ours(): found["ours"] = option_logprobs(model, tokenizer, prompts, options).logprob.tolist()
+    def theirs(): found["lm_eval"] = task_items(model, tokenizer, "atlas", limit=n, batch_size=32).logprobs.explode().tolist()
+    runs = dict(ours=ours, lm_eval=theirs)
+    measure.interleaved(runs, 1)
+    seconds = measure.interleaved(runs, rounds)
+    return dict(seconds=seconds, apart=max(abs(a - b) for a, b in zip(found["ours"], found["lm_eval"], strict=True)), questions=n)
+
+def healing_step(model, data, rounds: int) -> dict:
+    "Seconds of distilling one batch, forward and backward; with torch's own divergence; and of the plain passes in it: the teacher's, the student's and the way back."
+    from peft import LoraConfig, get_peft_model
+    small, ids = get_peft_model(prune_layers(model, SEVEN), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")), data[0]["input_ids"]
+    def torchs(student, ids, teacher):
+        with torch.no_grad(): target = teacher(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+        return torch.nn.functional.kl_div(student(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1), target, log_target=True, reduction="batchmean")
+    def plain():
+        with torch.no_grad(): model(input_ids=ids, use_cache=False)
+        logits = small(input_ids=ids, use_cache=False).logits
+        logits.backward(torch.ones_like(logits))
+    with torch.enable_grad():
+        runs = dict(ours=lambda: healing_loss(small, ids, model).backward(), torch=lambda: torchs(small, ids, model).backward(), plain=plain)
+        peaks = {name: measure.peak_memory(run)[0] for name, run in runs.items()}
+        return dict(seconds=measure.interleaved(runs, rounds), peak=peaks, tokens=ids.numel())
+
 def machine() -> dict:
     "What the numbers depend on."
     cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
@@ -139,6 +169,9 @@ def main():
     parts = dict(overhead=lambda: overhead(model, measure.passages(tokenizer, *SIZES["base"], length), rounds),
                  leave_one_out=lambda: leave_one_out_both_ways(model, measure.passages(tokenizer, 4, 1, length), repeats),
                  sleb=lambda: sleb_both_ways(model, tokenizer, passages("train", length // 4), passages("test", length), 2 if quick else 7),
+                 decoding=lambda: decoding_cost(dict(whole=model, pruned=prune_layers(model, SEVEN)), n_tokens=4 if quick else 32, repeats=repeats + 2).loc["pruned"].to_dict(),
+                 options=lambda: options_both_ways(model, tokenizer, 4 if quick else 64, repeats),
+                 healing=lambda: healing_step(model, measure.passages(tokenizer, 4, 1, length // 2), repeats + 2),
                  memory=lambda: memory(folder, length, repeats), rivals=lambda: rivals(folder, length, pairs))
     results = dict(machine=machine(), length=length, sizes=SIZES)
     if set(only) != set(PARTS):
@@ -146,11 +179,11 @@ def main():
         elsewhere = kept.pop("elsewhere", {}) | {part: results["machine"] for part in only}
         results = kept | dict(elsewhere={part: m for part, m in elsewhere.items() if m != kept["machine"]})
     start, others = time.time(), measure.cpu_of_others()
-    for part in PARTS[:3]:
+    for part in HERE_PARTS:
         if part in only: results[part] = parts[part]()
-    if set(only) & set(PARTS[:3]): results["others"] = (measure.cpu_of_others() - others) / (time.time() - start) / os.cpu_count()
+    if set(only) & set(HERE_PARTS): results["others"] = (measure.cpu_of_others() - others) / (time.time() - start) / os.cpu_count()
     del model   # what follows runs in processes of its own
-    for part in PARTS[3:]:
+    for part in PARTS[len(HERE_PARTS):]:
         if part in only: results[part] = parts[part]()
     text = page(results)
     print(text)

@@ -59,6 +59,23 @@ def sleb_rows(results: dict) -> list[str]:
     return [row(f"SLEB for {len(found['chosen']['raced'])} blocks with reuse and a race: times faster than the naive way, {found['tokens']:,} tokens", f"{faster:.2f} ({seconds['raced']:.0f} s, {seconds['naive']:.0f} s)", *at_least(faster, 3)),
             row("… held-out perplexity of its choice over that of the naive choice", f"{worse:+.1%} ({left['raced']:.1f}, {left['naive']:.1f})", "≤ +1 %", "yes" if worse <= .01 else "**no**")]
 
+def decoding_rows(results: dict) -> list[str]:
+    found = results["decoding"]
+    return [row("Decoding without 7 of 30 blocks: speed-up over the whole model, as a part of the ideal (ratio of the parameters)", f"{found['of_ideal']:.3f} ({found['speedup']:.3f} of {found['ideal']:.3f})", *at_least(found["of_ideal"], .95))]
+
+def options_rows(results: dict) -> list[str]:
+    found = results["options"]
+    faster = ratios(found["seconds"]["lm_eval"], found["seconds"]["ours"])
+    return [row(f"Likelihoods of the options of {found['questions']} atlas questions: times faster than lm-eval", spread(faster), *at_least(median(faster), 1)),
+            row("… largest difference of an option's log-likelihood", f"{found['apart']:.0e} nats", *against(found["apart"], 1e-4, " nats"))]
+
+def healing_rows(results: dict) -> list[str]:
+    found = results["healing"]
+    over = {name: ratios(found["seconds"]["ours"], found["seconds"][name]) for name in ("plain", "torch")}
+    return [row(f"A step of distillation, {found['tokens']} tokens: time over the teacher's pass, the student's and the way back", spread(over["plain"]), "–", ""),
+            row("… over the same step with torch's `kl_div`", spread(over["torch"]), "–", ""),
+            row("… peak memory (with `kl_div`)", f"{found['peak']['ours']:.0f} MB ({found['peak']['torch']:.0f} MB)", "–", "")]
+
 def rival_row(name: str, found: dict, results: dict, ours: list[float]) -> str:
     title = NAMES[name].format(found.get("version", ""))
     if "error" in found: return row(title, f"failed: {found['error']}", "", "", "")
@@ -81,7 +98,7 @@ SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding
 `collect_stats` at two reading points (`output`, `relative_update`): float64 sums and the histogram.
 
 {head("measured", "figure", "bar", "met")}
-{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results))}
+{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results) + decoding_rows(results) + options_rows(results) + healing_rows(results))}
 
 ## Beside other libraries
 

@@ -127,3 +127,28 @@ def test_scores_of_your_own(folder, tmp_path):
                                                 (["--data", "/no/where"], "no data folder")])
 def test_bad_options_are_named(folder, tmp_path, capsys, arguments, message):
     assert message in failed(capsys, folder, "--out", tmp_path/"new", *arguments) and files(tmp_path) == []
+
+
+def test_a_healed_model_has_its_own_column_and_goes_on_after_a_kill(folder, pruned, tmp_path, monkeypatch):
+    def killed(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(avss_nb.shipping, "_save", killed)
+    with pytest.raises(KeyboardInterrupt): prune_to_folder(folder, tmp_path/"smaller", heal_steps=3, **SMALL)
+    monkeypatch.undo()
+    import avss_nb.study
+    monkeypatch.setattr(avss_nb.study, "_measure_items", lambda *args: pytest.fail("measured twice"))
+    healed = prune_to_folder(folder, tmp_path/"smaller", heal_steps=3, **SMALL)
+    assert files(healed) == files(pruned) and files(tmp_path) == ["smaller"]
+    card, left = (healed/"README.md").read_text(), pd.read_csv(healed/"retention.csv", index_col=0)
+    assert "Then healed: 3 steps of 512 tokens of pydoc" in card and "| measured on other text | whole | pruned | healed | retained |" in card and "Nothing was trained" not in card
+    assert left.index.tolist() == ["whole", "pruned", "healed"] and f"{left.perplexity['healed']:,.3f} | {left.perplexity_retained['healed']:.2f} [" in card
+    small, unhealed = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (healed, pruned))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad(): assert not torch.allclose(small(ids).logits, unhealed(ids).logits, atol=1e-4)
+    assert [p.shape for p in small.parameters()] == [p.shape for p in unhealed.parameters()]
+
+
+def test_too_little_text_to_heal_on_is_told_at_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(avss_nb.shipping, "study_data", lambda settings: dict(train=["Too short."], calibration=[], names={}))
+    monkeypatch.setattr(avss_nb.shipping, "layer_scores", lambda *args, **options: pytest.fail("measured before it was told"))
+    with pytest.raises(ValueError, match="training text is too short"): prune_to_folder(folder, tmp_path/"smaller", heal_steps=3, **SMALL)
+    assert files(tmp_path) == []

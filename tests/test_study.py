@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from avss_nb.models import load_model
 from avss_nb.study import load_study, run_study
 
-SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48"]
+SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48", "--heal-steps", "2"]
 TABLES = ["profile", "scores", "removal", "sensitivity", "certainty", "settled"]
 
 
@@ -62,6 +62,14 @@ def test_results_are_plain_numbers(finished):
     assert results["n_layers"] == 8 and len(results["damage"]) == 8 and len(results["removal"]["avss"]["removes"]) == 2
     assert results["versions"]["torch"] == torch.__version__ and results["device"] and results["settings"]["seed"] == 0
     assert load_file(out/"stats.safetensors")["output.hist"].shape == (8, 8192)
+
+
+def test_the_healed_model_stands_beside_the_others(finished):
+    out, _ = finished
+    study = load_study(out)
+    healed, pruned = (study.removal.loc[m] for m in ("avss_healed", "avss"))
+    assert healed.removes == pruned.removes and healed.perplexity != pruned.perplexity
+    assert "After 2 steps of distillation" in (out/"report.html").read_text() and not (out/"healing").exists()
 
 
 def test_report_reads_well_in_a_browser(finished, browser):
