@@ -293,7 +293,7 @@ def perplexity_retention(
     data = tuple(np.asarray(x, float) for x in (before.nll, after.nll, before.tokens))
     return float(ratio(*data)), *_bootstrap(data, ratio, level, n_resamples, seed)
 
-# %% ../nbs/04b_tasks.ipynb #3bad68c4
+# %% ../nbs/04b_tasks.ipynb #0fe7332f
 import json, logging, re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -302,7 +302,7 @@ from pathlib import Path
 from .data import data_folder, load_questions, load_sentences
 from .models import _in_one_line
 
-# %% ../nbs/04b_tasks.ipynb #2b3ecf24
+# %% ../nbs/04b_tasks.ipynb #1543f419
 def _truthfulqa_docs(file: Path, folder: Path) -> list[dict]:
     sides = lambda targets: dict(choices=list(targets), labels=list(targets.values()))
     return [dict(question=r["question"], mc1_targets=sides(r["mc1_targets"]), mc2_targets=sides(r["mc2_targets"]))
@@ -339,7 +339,7 @@ LOCAL_TASKS: dict[str, tuple[str, Callable]] = dict(   # task -> its file in the
     sst2=("sst2/dev.tsv", lambda file, folder: [dict(sentence=r["text"], label=r["label"]) for r in load_sentences("sst2", folder)]),
     wikitext=("wikitext2/test.txt", _wikitext_docs))
 
-# %% ../nbs/04b_tasks.ipynb #f2457bbe
+# %% ../nbs/04b_tasks.ipynb #758f00fd
 _CHOICE = dict(output_type="multiple_choice", test_split="test", metric_list=[dict(metric=m, aggregation="mean", higher_is_better=True) for m in ("acc", "acc_norm")])
 OWN_TASKS = dict(
     atlas=_CHOICE | dict(doc_to_text="Question: {{question}}\nAnswer:", doc_to_choice="{{choices}}", doc_to_target=0),
@@ -362,7 +362,7 @@ def _task(task: str, folder: Path | None, shots: int) -> dict:
     parts = dict(test=Dataset.from_list(rows)) | (dict(train=Dataset.from_list(_triviaqa_shots(folder))) if shots else {})
     return dict(task=task, num_fewshot=shots, custom_dataset=lambda **_: parts, **config)
 
-# %% ../nbs/04b_tasks.ipynb #8c2abb68
+# %% ../nbs/04b_tasks.ipynb #f6dc6854
 @contextmanager
 def _quiet():
     "The harness's notices are about the command line that is not used here."
@@ -378,8 +378,9 @@ def _harness(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: list[d
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    own, known = ([t for t in tasks if (t["task"] in OWN_TASKS) == ours] for ours in (True, False))
     with _quiet():
-        try: loaded = TaskManager().load(dict(group="avss_nb", task=tasks))["tasks"]
+        try: loaded = TaskManager().load([*own, *([dict(group="avss_nb", task=known)] if known else [])])["tasks"]   # a group's members are looked up
         except (OSError, ConnectionError, ValueError) as error:
             raise FileNotFoundError(f"{', '.join(t['task'] for t in tasks)}: neither all in the data folder (AVSS_NB_DATA) nor to be "
                                     f"had from the hub: {_in_one_line(error)}") from None
@@ -398,7 +399,7 @@ def _item(task: str, sample: dict) -> dict:
     gold = row["logprobs"][int(sample["target"])]
     return row | dict(tied=sum(value == gold for value in row["logprobs"]) > 1)
 
-# %% ../nbs/04b_tasks.ipynb #7b490481
+# %% ../nbs/04b_tasks.ipynb #bd7ffe6f
 def task_items(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -422,7 +423,7 @@ def task_items(
     rows = [_item(task, sample) for task in tasks for sample in found["samples"][task]]
     return pd.DataFrame(rows).set_index(["task", "item"])
 
-# %% ../nbs/04b_tasks.ipynb #b614b699
+# %% ../nbs/04b_tasks.ipynb #5742a781
 _RATES = dict(word_perplexity=("words", np.exp), byte_perplexity=("bytes", np.exp), bits_per_byte=("bytes", lambda nats: nats / np.log(2)))
 
 def summarize_tasks(
