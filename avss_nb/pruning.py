@@ -353,7 +353,7 @@ def paired_difference(
     measures = items.loc[one].index.unique()
     return pd.DataFrame({(m, o): gain(m, o) for m in measures for o in others}).T.rename_axis(["measure", "other"])
 
-# %% ../nbs/05c_healing.ipynb #35bb6734
+# %% ../nbs/05c_healing.ipynb #125fb0de
 import hashlib, json, random
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -365,7 +365,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 from .data import write_whole
 from .evaluation import _nll
 
-# %% ../nbs/05c_healing.ipynb #0541f60b
+# %% ../nbs/05c_healing.ipynb #ec7f8d70
 def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int) -> torch.Tensor:
     "(rows, max_length) token ids; ValueError where they do not fill one batch."
     if isinstance(texts, str): raise ValueError("`texts` is one string: give a list of strings")
@@ -377,7 +377,7 @@ def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length
                          f"and a batch needs {batch_size}: give more text, or a smaller max_length or batch_size")
     return torch.tensor(ids[:n * max_length]).view(n, max_length)
 
-# %% ../nbs/05c_healing.ipynb #8bdf325a
+# %% ../nbs/05c_healing.ipynb #16951290
 class _Healer(Trainer):
     "A Trainer with the language-model loss, or the divergence from a teacher; it says each step's loss."
     def __init__(self, *args, teacher: nn.Module = None, on_step: Callable[[int, float], None] = None, **kwargs):
@@ -415,7 +415,7 @@ def healing_loss(
     with torch.no_grad(): wanted = teacher(input_ids=input_ids, use_cache=False).logits
     return _Divergence.apply(logits.flatten(0, 1), wanted.flatten(0, 1))
 
-# %% ../nbs/05c_healing.ipynb #b2ed98e3
+# %% ../nbs/05c_healing.ipynb #7872bc94
 def _run_folder(out: str | Path, recipe: dict) -> Path:
     "The folder of a run; ValueError where it holds another run or something else."
     out, note = Path(out), Path(out) / "healing.json"
@@ -433,7 +433,7 @@ def _last_checkpoint(out: Path) -> str | None:
     found = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.rpartition("-")[2]))
     return str(found[-1].parent) if found else None
 
-# %% ../nbs/05c_healing.ipynb #2dbe1021
+# %% ../nbs/05c_healing.ipynb #6045e5fa
 @contextmanager
 def _own_dice(seed: int):
     "Inside, random numbers follow the seed; afterwards the caller's go on."
@@ -464,7 +464,7 @@ def _train(model: PreTrainedModel, rows: torch.Tensor, teacher, arguments: Train
         for name, p in [*(base := layer.get_base_layer()).named_parameters(recurse=False)]: setattr(base, name, nn.Parameter(p.detach().clone()))
     return student.merge_and_unload().eval().requires_grad_(True)
 
-# %% ../nbs/05c_healing.ipynb #502fa97b
+# %% ../nbs/05c_healing.ipynb #67d51046
 def heal(
     model: PreTrainedModel,                   # what is left, from `prune_layers`; a whole model as a control
     texts: Iterable[str],                     # to train on
@@ -499,12 +499,12 @@ def heal(
             report_to="none", disable_tqdm=True)
         with _own_dice(seed): return _train(model, rows, teacher, arguments, rank, on_step, progress)
 
-# %% ../nbs/05d_cost.ipynb #c82353f1
+# %% ../nbs/05d_cost.ipynb #f9a58199
 import time
 
 from .evaluation import _cache_name, _cache_of, is_causal
 
-# %% ../nbs/05d_cost.ipynb #938c5b2b
+# %% ../nbs/05d_cost.ipynb #c3afe2b5
 def _decoded(model: PreTrainedModel, ids: torch.Tensor, n_tokens: int) -> tuple[list[float], Cache]:
     "Seconds of each of `n_tokens` greedy steps after the prompt, and the cache after the last."
     seconds = []
