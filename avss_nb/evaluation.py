@@ -326,8 +326,8 @@ def _triviaqa_shots(folder: Path) -> list[dict]:
             if q.casefold().strip() not in asked]
 
 def _wikitext_docs(file: Path, folder: Path) -> list[dict]:
-    "One document an article; ` = Title = ` begins one, ` = = Section = = ` does not."
-    return [dict(page=part) for part in re.split(r"(?m)^(?= = [^=\n]+ = $)", file.read_text(encoding="utf-8")) if part.strip()]
+    "One document an article; ` = Title = ` and an empty line begin one, ` = = Section = = ` or a formula does not."
+    return [dict(page=part) for part in re.split(r"(?m)^(?= = [^=\n]+ = \n \n)", file.read_text(encoding="utf-8")) if part.strip()]
 
 def _lines(file: Path) -> list[dict]: return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 

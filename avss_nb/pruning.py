@@ -358,8 +358,9 @@ import hashlib, json, random
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from .data import write_whole
@@ -445,18 +446,22 @@ def _own_dice(seed: int):
 
 def _train(model: PreTrainedModel, rows: torch.Tensor, teacher, arguments: TrainingArguments, rank: int, on_step, progress: bool) -> PreTrainedModel:
     "Wrap a twin, train it, merge."
+    left_out = ["out_proj", "conv1d"] if "mamba" in model.config.model_type else None      # its kernels read these weights past any wrapper
     shared = [(p, p.requires_grad) for m in (model, teacher) if m is not None for p in m.parameters()]
     try:
         with warnings.catch_warnings():       # peft's, of what it settles by itself
             warnings.simplefilter("ignore")
-            student = get_peft_model(_twin(model), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+            student = get_peft_model(_twin(model), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=left_out))
         with tqdm(total=arguments.max_steps, desc="healing", disable=not progress) as bar:
             def told(step: int, loss: float):
                 bar.update(step + 1 - bar.n)
                 if on_step: on_step(step, loss)
             healer = _Healer(model=student, args=arguments, train_dataset=[dict(input_ids=row) for row in rows], teacher=teacher, on_step=told)
             healer.pop_callback(PrinterCallback)
-            healer.train(resume_from_checkpoint=_last_checkpoint(Path(arguments.output_dir)))
+            last = _last_checkpoint(Path(arguments.output_dir))
+            if last and last.endswith(f"-{arguments.max_steps}"):        # finished: the Trainer would take one step more
+                set_peft_model_state_dict(student, load_file(Path(last) / "adapter_model.safetensors"))
+            else: healer.train(resume_from_checkpoint=last)
     finally:
         for p, needed in shared: p.requires_grad_(needed)
     for layer in student.modules():           # merging writes into the weights: these become the healed model's own
@@ -536,8 +541,8 @@ def decoding_cost(
             seconds[name].append(spent)
     first, rows = next(iter(models.values())), {}
     for name, model in models.items():
-        if cache[name] is None or not hasattr(cache[name], "layers"): raise ValueError(f"the cache of {name} holds no keys and values")
-        held = [t for layer in cache[name].layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+        held = [t for layer in getattr(cache[name], "layers", ()) for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
+        if not held: raise ValueError(f"the cache of {name} holds no keys and values")
         rows[name] = dict(parameters=model.num_parameters(), weight_bytes=sum(p.nbytes for p in model.parameters()),
                           cache_bytes=sum(t.nbytes for t in held), milliseconds=1e3 * float(np.median(seconds[name][1:])),
                           ideal=first.num_parameters() / model.num_parameters())
