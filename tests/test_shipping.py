@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import avss_nb.shipping
+import avss_nb.study
 from avss_nb.models import blocks, load_model
 from avss_nb.pruning import skip_layers
 from avss_nb.shipping import main, prune_to_folder
@@ -134,7 +135,6 @@ def test_a_healed_model_has_its_own_column_and_goes_on_after_a_kill(folder, prun
     monkeypatch.setattr(avss_nb.shipping, "_save", killed)
     with pytest.raises(KeyboardInterrupt): prune_to_folder(folder, tmp_path/"smaller", heal_steps=3, **SMALL)
     monkeypatch.undo()
-    import avss_nb.study
     monkeypatch.setattr(avss_nb.study, "_measure_items", lambda *args: pytest.fail("measured twice"))
     healed = prune_to_folder(folder, tmp_path/"smaller", heal_steps=3, **SMALL)
     assert files(healed) == files(pruned) and files(tmp_path) == ["smaller"]
