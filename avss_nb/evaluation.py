@@ -297,6 +297,7 @@ def perplexity_retention(
 import json, logging, re
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from .data import data_folder, load_questions, load_sentences
@@ -373,20 +374,25 @@ def _quiet():
     finally:
         for logger, level in zip(loggers, levels): logger.setLevel(level)
 
+@cache
+def _task_manager():
+    "The harness's index of its tasks: to read it takes seconds."
+    from lm_eval.tasks import TaskManager
+    return TaskManager()
+
 def _harness(model: nn.Module, tokenizer: PreTrainedTokenizerBase, tasks: list[dict], limit, batch_size, max_length, max_new_tokens) -> dict:
     "What lm-eval returns; FileNotFoundError for a set that is neither in the folder nor on the hub."
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     own, known = ([t for t in tasks if (t["task"] in OWN_TASKS) == ours] for ours in (True, False))
     with _quiet():
-        try: loaded = TaskManager().load([*own, *([dict(group="avss_nb", task=known)] if known else [])])["tasks"]   # a group's members are looked up
+        try: loaded = _task_manager().load([*own, *([dict(group="avss_nb", task=known)] if known else [])])["tasks"]   # a group's members are looked up
         except (OSError, ConnectionError, ValueError) as error:
             raise FileNotFoundError(f"{', '.join(t['task'] for t in tasks)}: neither all in the data folder (AVSS_NB_DATA) nor to be "
                                     f"had from the hub: {_in_one_line(error)}") from None
         harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))     # nothing is drawn: leave the caller's
-        return simple_evaluate(harness, tasks=list(loaded.values()), limit=limit, bootstrap_iters=0, gen_kwargs=dict(max_gen_toks=max_new_tokens), **seeds)
+        return simple_evaluate(harness, tasks=list(loaded.values()), task_manager=_task_manager(), limit=limit, bootstrap_iters=0, gen_kwargs=dict(max_gen_toks=max_new_tokens), **seeds)
 
 def _item(task: str, sample: dict) -> dict:
     "One row; FloatingPointError for a likelihood that is not finite."

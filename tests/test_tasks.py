@@ -68,10 +68,9 @@ def test_sst2_to_the_item(bundled, items):
 @needs_data
 def test_truthfulqa_to_the_item(bundled, items):
     "The prompt of six examples is the harness's own; MC2 is computed from logarithms here and from probabilities there."
-    from lm_eval.tasks import TaskManager
-    from avss_nb.evaluation import _quiet, _task
+    from avss_nb.evaluation import _quiet, _task, _task_manager
     from pathlib import Path
-    with _quiet(): task = TaskManager().load(dict(group="all", task=[_task("truthfulqa_mc1", Path(DATA), 0)]))["tasks"]["truthfulqa_mc1"]
+    with _quiet(): task = _task_manager().load(dict(group="all", task=[_task("truthfulqa_mc1", Path(DATA), 0)]))["tasks"]["truthfulqa_mc1"]
     prompts = [task.doc_to_text(doc) for doc in rows("truthfulqa_mc1")]
     for which in ("mc1", "mc2"):
         sides = [d[f"{which}_targets"] for d in rows("truthfulqa_mc1")]
