@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['QUESTION', 'SENTENCE', 'QUESTIONS', 'SENTENCES', 'TEXTS', 'data_folder', 'load_questions', 'load_sentences',
-           'load_text', 'Batches', 'batch_rows', 'batches', 'write_whole', 'stored_table']
+           'load_text', 'Batches', 'batch_rows', 'batches', 'write_whole', 'stored_table', 'check_folder',
+           'claim_folder']
 
 # %% ../nbs/01_data.ipynb #c4ff8978
-import csv, hashlib, importlib.resources, json, os, unicodedata
+import csv, hashlib, importlib.resources, json, os, platform, shutil, tempfile, unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+import torch, transformers
 from datasets import Dataset, Features, List, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -363,3 +364,29 @@ def stored_table(path: str | Path, make: Callable[[], pd.DataFrame], index="laye
         table = make()
         write_whole(path, table.to_csv)
     return pd.read_csv(path, index_col=index, dtype=dict(removes=str))
+
+# %% ../nbs/01_data.ipynb #9a55e211
+def check_folder(out: str | Path, settings: dict, note: str = "settings.json"):
+    """Before long work: ValueError when `out` holds a run with other settings, or something else; OSError when it cannot
+    be written. Nothing is made."""
+    out = Path(out)
+    if (out / note).exists():
+        kept = json.loads((out / note).read_text(encoding="utf-8"))["settings"]
+        if other := {k: v for k, v in kept.items() if settings.get(k) != v}:
+            raise ValueError(f"{out} holds a run with {', '.join(f'{k}={v!r}' for k, v in other.items())}: "
+                             "choose another folder, or delete it")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and holds something else: choose another folder")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    try: tempfile.TemporaryFile(dir=there).close()
+    except OSError as error: raise OSError(f"cannot write {out}: {error.strerror} ({there})") from None
+    if shutil.disk_usage(there).free < 2**26: raise OSError(f"cannot write {out}: less than 64 MB are free there")
+
+def claim_folder(out: str | Path, settings: dict, note: str = "settings.json", **more) -> Path:
+    "`out`, checked, with a note of `settings`, versions and `more` in it: the place of a run that may stop and go on."
+    check_folder(out, settings, note)
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, np, pd)} | dict(python=platform.python_version())
+    whole = dict(settings=settings, versions=versions, **more)
+    if not (file := Path(out) / note).exists():
+        write_whole(file, lambda part: part.write_text(json.dumps(whole, indent=1), encoding="utf-8"))
+    return Path(out)

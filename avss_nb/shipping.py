@@ -6,7 +6,7 @@
 __all__ = ['prune_to_folder', 'main']
 
 # %% ../nbs/31_shipping.ipynb #16946c8c
-import argparse, json, os, shutil, sys
+import argparse, os, shutil, sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import batches, stored_table, write_whole
+from .data import batches, claim_folder, stored_table
 from .evaluation import is_causal
 from .hooks import model_inputs
 from .importance import BY_RUNNING, FROM_AHEAD, FROM_STATS, layer_scores
@@ -37,20 +37,6 @@ def _check_score(score: str):
     if score not in known: raise ValueError(f"unknown score {score!r}: known are {', '.join(known)}, or give a file of scores")
 
 # %% ../nbs/31_shipping.ipynb #e7b0933d
-def _workplace(out: Path, recipe: dict) -> Path:
-    "The folder to work in; ValueError where `out` is taken, or where another run is unfinished."
-    if out.exists(): raise ValueError(f"{out} exists: choose another folder")
-    work = out.with_name(out.name + ".partial")
-    if (work / "recipe.json").exists():
-        kept = json.loads((work / "recipe.json").read_text(encoding="utf-8"))
-        if other := {k: v for k, v in kept.items() if recipe.get(k) != v}:
-            raise ValueError(f"{work} holds an unfinished run with {', '.join(f'{k}={v!r}' for k, v in other.items())}: "
-                             "finish it, or delete it")
-    elif work.exists() and (not work.is_dir() or any(work.iterdir())):
-        raise ValueError(f"{work} exists and holds something else: choose another folder")
-    write_whole(work / "recipe.json", lambda part: part.write_text(json.dumps(recipe, indent=1), encoding="utf-8"))
-    return work
-
 def _save(small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, batch: dict):
     "Save, reload with the library alone, and compare; OSError or RuntimeError where the folder is not what it should be."
     shutil.rmtree(folder, ignore_errors=True)
@@ -122,7 +108,7 @@ def prune_to_folder(
     select_layers(pd.Series(range(n_layers)), settings.fraction)      # errors now, not after the measurements
     prune_layers(whole, [n_layers - 1])
     if settings.heal_steps: _packed(data["train"], tokenizer, max_length=128, batch_size=4)
-    work = _workplace(out, recipe)
+    work = claim_folder(out.with_name(out.name + ".partial"), recipe, "recipe.json")
     calibration = batches(data["calibration"], tokenizer, settings.max_length, batch_size=4, overflow="truncate")
     table = stored_table(work / "scores.csv", lambda: layer_scores(whole, calibration, [score], progress=True) if given is None else given)
     layers = select_layers(table[score], settings.fraction)

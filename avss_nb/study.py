@@ -8,7 +8,7 @@ __all__ = ['LABELS', 'MARKERS', 'Settings', 'study_data', 'Study', 'layer_profil
            'plot_sensitivity', 'removal_table', 'write_report', 'run_study', 'main']
 
 # %% ../nbs/30_study.ipynb #cbfa187d
-import argparse, importlib.resources, json, os, platform, shutil, sys, tempfile, warnings
+import argparse, importlib.resources, json, os, shutil, sys, warnings
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,14 +17,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import torch, transformers
+import torch
 from execnb.nbio import dict2nb, write_nb
 from execnb.shell import CaptureShell
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .certainty import score_certainty, score_texts, settled_after, settling
-from .data import (batches, data_folder, load_questions, load_sentences, load_text, stored_table,
+from .data import (batches, check_folder, claim_folder, data_folder, load_questions, load_sentences, load_text, stored_table,
                           write_whole)
 from .evaluation import is_causal
 from .importance import (FROM_AHEAD, FROM_STATS, damage, layer_scores, rank_agreement, read_layers,
@@ -73,29 +73,6 @@ def study_data(settings: Settings) -> dict:
                 names=dict(text=text, questions="sciq" if folder else "atlas", sentences="sst2" if folder else "words"))
 
 # %% ../nbs/30_study.ipynb #d13bceea
-def _check_folder(out: Path, settings: Settings):
-    """Before long work: ValueError when the folder belongs to another study or to something else,
-    OSError when it cannot be written."""
-    if (out / "settings.json").exists():
-        kept = json.loads((out / "settings.json").read_text())["settings"]
-        if other := {k: v for k, v in kept.items() if asdict(settings).get(k) != v}:
-            raise ValueError(f"{out} holds a study with {', '.join(f'{k}={v!r}' for k, v in other.items())}: "
-                             "choose another folder")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and holds something else: choose another folder")
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    try: tempfile.TemporaryFile(dir=there).close()
-    except OSError as error: raise OSError(f"cannot write {out}: {error.strerror} ({there})") from None
-    if shutil.disk_usage(there).free < 2**26: raise OSError(f"cannot write {out}: less than 64 MB are free there")
-
-def _note_settings(out: Path, settings: Settings):
-    "Store the settings and the versions at hand, once."
-    versions = ({m.__name__: m.__version__ for m in (torch, transformers, np, pd)}
-                | dict(python=platform.python_version()))
-    note = dict(settings=asdict(settings), versions=versions, device=_device(settings))
-    if not (out / "settings.json").exists():
-        write_whole(out / "settings.json", lambda part: part.write_text(json.dumps(note, indent=1)))
-
 def _device(settings: Settings) -> str:
     "The name of the processor that a study runs on."
     on_gpu = torch.cuda.is_available() and not (settings.device or "cuda").startswith("cpu")
@@ -161,7 +138,7 @@ def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False
     """Measure, or load what is already measured, every table of a study;
     ValueError, OSError or FloatingPointError before anything is half done."""
     out = Path(out)
-    _check_folder(out, settings)
+    check_folder(out, asdict(settings))
     data = study_data(settings)
     model, tokenizer = load_model(settings.model, dtype=settings.dtype and getattr(torch, settings.dtype),
                                   device=settings.device, trust_remote_code=trust_remote_code)
@@ -169,7 +146,7 @@ def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False
         raise ValueError(f"{settings.model} is a {type(model).__name__}: a study needs a causal language model")
     select_layers(pd.Series(range(len(blocks(model)))), settings.fraction)   # errors now, not after the measurements
     if settings.heal_steps: _packed(data["train"], tokenizer, max_length=128, batch_size=4)
-    _note_settings(out, settings)
+    claim_folder(out, asdict(settings), device=_device(settings))
     cut = dict(max_length=settings.max_length, batch_size=4, overflow="truncate")
     calibration = batches(data["calibration"], tokenizer, **cut)
     return _measure_all(model, tokenizer, data, settings, out, calibration, cut)

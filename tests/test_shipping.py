@@ -76,8 +76,8 @@ def test_a_killed_run_goes_on_to_the_same_folder(folder, pruned, tmp_path, monke
 
 def test_another_unfinished_run_is_left_alone(folder, tmp_path, capsys):
     (tmp_path/"a.partial").mkdir()
-    (tmp_path/"a.partial"/"recipe.json").write_text(json.dumps(dict(score="sleb")))
-    assert "unfinished run with score='sleb'" in failed(capsys, folder, "--out", tmp_path/"a")
+    (tmp_path/"a.partial"/"recipe.json").write_text(json.dumps(dict(settings=dict(score="sleb"))))
+    assert "holds a run with score='sleb'" in failed(capsys, folder, "--out", tmp_path/"a")
     (tmp_path/"b.partial").mkdir()
     (tmp_path/"b.partial"/"mine.txt").write_text("precious")
     assert "holds something else" in failed(capsys, folder, "--out", tmp_path/"b")

@@ -106,7 +106,7 @@ def test_whole_model_is_the_yardstick(finished):
 
 
 def test_other_settings_do_not_mix(finished, model_folder):
-    with pytest.raises(ValueError, match="holds a study with .*questions=12"): run_study(str(model_folder), finished[0])
+    with pytest.raises(ValueError, match="holds a run with .*questions=12"): run_study(str(model_folder), finished[0])
 
 
 def test_unfinished_study_is_named(tmp_path):
