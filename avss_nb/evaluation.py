@@ -294,20 +294,20 @@ def perplexity_retention(
     return float(ratio(*data)), *_bootstrap(data, ratio, level, n_resamples, seed)
 
 # %% ../nbs/04b_tasks.ipynb #0fe7332f
-import json, logging, re
+import logging, re
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from .data import data_folder, load_questions, load_sentences
+from .data import data_folder, load_questions, load_sentences, read_rows
 from .models import _in_one_line
 
 # %% ../nbs/04b_tasks.ipynb #1543f419
 def _truthfulqa_docs(file: Path, folder: Path) -> list[dict]:
     sides = lambda targets: dict(choices=list(targets), labels=list(targets.values()))
     return [dict(question=r["question"], mc1_targets=sides(r["mc1_targets"]), mc2_targets=sides(r["mc2_targets"]))
-            for r in json.loads(file.read_text(encoding="utf-8"))]
+            for r in read_rows(file, dict(question=str, mc1_targets=dict, mc2_targets=dict))]
 
 def _sciq_docs(file: Path, folder: Path) -> list[dict]:
     "Questions of four different options."
@@ -317,25 +317,22 @@ def _sciq_docs(file: Path, folder: Path) -> list[dict]:
 
 def _triviaqa_docs(file: Path, folder: Path) -> list[dict]:
     "Test questions; some keep the doubled quotes of a CSV file."
-    return [dict(question=r["question"].replace('""', '"'), answer=dict(aliases=r["golden_answers"])) for r in _lines(file)]
+    return [dict(question=r["question"].replace('""', '"'), answer=dict(aliases=r["golden_answers"])) for r in read_rows(file, dict(question=str, golden_answers=list[str]))]
 
 def _triviaqa_shots(folder: Path) -> list[dict]:
     "Other questions, for examples in the prompt."
     asked = {doc["question"].casefold().strip() for doc in _triviaqa_docs(folder / LOCAL_TASKS["triviaqa"][0], folder)}
-    return [dict(question=q, answer=dict(aliases=a.split("; "))) for q, a in
-            pd.read_csv(folder / "triviaqa/TriviaQA.first2500.csv")[["question", "answer"]].astype(str).itertuples(index=False)
-            if q.casefold().strip() not in asked]
+    return [dict(question=r["question"], answer=dict(aliases=r["answer"].split("; "))) for r in
+            read_rows(folder / "triviaqa/TriviaQA.first2500.csv", dict(question=str, answer=str)) if r["question"].casefold().strip() not in asked]
 
 def _wikitext_docs(file: Path, folder: Path) -> list[dict]:
     "One document an article; ` = Title = ` and an empty line begin one, ` = = Section = = ` or a formula does not."
     return [dict(page=part) for part in re.split(r"(?m)^(?= = [^=\n]+ = \n \n)", file.read_text(encoding="utf-8")) if part.strip()]
 
-def _lines(file: Path) -> list[dict]: return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
 LOCAL_TASKS: dict[str, tuple[str, Callable]] = dict(   # task -> its file in the data folder, and the reader of its rows
     sciq=("sciq/sciq_test_mc.json", _sciq_docs),
     truthfulqa_mc1=("truthfulqa/mc_task.json", _truthfulqa_docs), truthfulqa_mc2=("truthfulqa/mc_task.json", _truthfulqa_docs),
-    nq_open=("nq_open/NQ-open.dev.jsonl", lambda file, folder: _lines(file)),
+    nq_open=("nq_open/NQ-open.dev.jsonl", lambda file, folder: read_rows(file, dict(question=str, answer=list[str]))),
     triviaqa=("triviaqa/triviaqa.test.subsample1000.jsonl", _triviaqa_docs),
     sst2=("sst2/dev.tsv", lambda file, folder: [dict(sentence=r["text"], label=r["label"]) for r in load_sentences("sst2", folder)]),
     wikitext=("wikitext2/test.txt", _wikitext_docs))

@@ -118,7 +118,7 @@ def test_a_spoilt_model_folder(how, model_folder, tmp_path):
     one_line(error, str(tmp_path))
 
 
-@pytest.mark.parametrize("load, known", [(load_questions, ("atlas", "sciq")), (load_sentences, ("words", "sst2")), (load_text, ("pydoc", "wikitext2", "shakespeare"))])
+@pytest.mark.parametrize("load, known", [(load_questions, ("atlas", "nq", "sciq", "triviaqa", "truthfulqa", "wikiqa", "squad", "popqa", "halueval")), (load_sentences, ("words", "sst2")), (load_text, ("pydoc", "wikitext2", "shakespeare"))])
 def test_unknown_set(load, known, tmp_path, monkeypatch):
     monkeypatch.setenv("AVSS_NB_DATA", str(tmp_path))
     with pytest.raises(ValueError) as error: load("nonesuch")

@@ -103,6 +103,19 @@ def test_articles_are_cut_at_titles_alone():
 
 
 @needs_data
+def test_rows_are_those_of_the_files():
+    "Questions and alias lists in the file's order, whatever the questions table makes of them."
+    import json
+    from pathlib import Path
+    def lines(task): return [json.loads(line) for line in (Path(DATA)/LOCAL_TASKS[task][0]).read_text(encoding="utf-8").splitlines()]
+    def given(task): return LOCAL_TASKS[task][1](Path(DATA)/LOCAL_TASKS[task][0], Path(DATA))
+    assert given("nq_open") == lines("nq_open")
+    assert given("triviaqa") == [dict(question=r["question"].replace('""', '"'), answer=dict(aliases=r["golden_answers"])) for r in lines("triviaqa")]
+    mc = json.loads((Path(DATA)/LOCAL_TASKS["truthfulqa_mc1"][0]).read_text(encoding="utf-8"))
+    assert [r["mc2_targets"] for r in given("truthfulqa_mc2")] == [dict(choices=list(r["mc2_targets"]), labels=list(r["mc2_targets"].values())) for r in mc]
+
+
+@needs_data
 def test_examples_in_the_prompt_are_other_questions():
     from pathlib import Path
     from avss_nb.evaluation import _triviaqa_shots
