@@ -418,9 +418,10 @@ def stored_table(path: str | Path, make: Callable[[], pd.DataFrame], index="laye
 def check_folder(out: str | Path, settings: dict, note: str = "settings.json"):
     """Before long work: ValueError when `out` holds a run with other settings, or something else; OSError when it cannot
     be written. Nothing is made."""
-    out = Path(out)
+    out, settings = Path(out), json.loads(json.dumps(settings))
     if (out / note).exists():
-        kept = json.loads((out / note).read_text(encoding="utf-8"))["settings"]
+        try: kept = json.loads((out / note).read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError): raise ValueError(f"{out / note} is damaged: delete {out}, or choose another folder") from None
         if other := {k: v for k, v in kept.items() if settings.get(k) != v}:
             raise ValueError(f"{out} holds a run with {', '.join(f'{k}={v!r}' for k, v in other.items())}: "
                              "choose another folder, or delete it")
