@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COARSE_BITS', 'LOWEST', 'HIGHEST', 'N_COARSE', 'TOKENS', 'MODES', 'coarse_bins', 'coarse_edges', 'AnswerStats',
            'thresholds', 'below', 'answer_variance', 'answer_sparsity', 'pooled', 'save', 'load', 'answer_stats',
-           'hsav', 'hss', 'eavss', 'hallucination_profile', 'flip_labels']
+           'hsav', 'hss', 'eavss', 'hallucination_profile', 'flip_labels', 'plot_hallucination']
 
-# %% ../nbs/08_eavss.ipynb #9fae9887
+# %% ../nbs/08_eavss.ipynb #f808f34d
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -27,7 +28,7 @@ from .hooks import POINTS, _check_points, read_activations, run_blocks
 from .metrics import EXACT_EPS, MANTISSA_BITS, N_BINS, LayerStats, _series, bin_edges, magnitude_bins
 from .models import blocks
 
-# %% ../nbs/08_eavss.ipynb #c701359a
+# %% ../nbs/08_eavss.ipynb #b73b710c
 COARSE_BITS, LOWEST, HIGHEST = 3, -24, 14   # 8 bins a doubling, for magnitudes from 2^-24 to 2^14
 _FINER = MANTISSA_BITS - COARSE_BITS
 _FIRST = (127 + LOWEST) << COARSE_BITS
@@ -42,7 +43,7 @@ def coarse_edges() -> np.ndarray:
     inner = bin_edges()[_FIRST << _FINER:((_FIRST + N_COARSE - 2) << _FINER) + 1:1 << _FINER]
     return np.concatenate([[0], inner, [np.inf]])
 
-# %% ../nbs/08_eavss.ipynb #750bbe38
+# %% ../nbs/08_eavss.ipynb #81ec04ad
 def _answer_sums(a: torch.Tensor, owner: torch.Tensor, n: int) -> dict[str, torch.Tensor]:
     "Count, sum, sum of squares, count below 1e-5 and histogram of n answers, from their tokens (N, width) and each token's answer (N,)."
     def per_answer(of_tokens): return torch.zeros(n, dtype=of_tokens.dtype, device=a.device).index_add_(0, owner, of_tokens)
@@ -53,7 +54,7 @@ def _answer_sums(a: torch.Tensor, owner: torch.Tensor, n: int) -> dict[str, torc
                 exact=per_answer((a.abs() < EXACT_EPS).sum(1, dtype=torch.int32)),
                 hist=torch.bincount(bins.flatten(), minlength=n * N_COARSE).view(n, N_COARSE).int())
 
-# %% ../nbs/08_eavss.ipynb #d9323407
+# %% ../nbs/08_eavss.ipynb #d3188978
 class AnswerStats:
     "Additive sums of each answer at each layer: tensors named `point.quantity`, (answers, layers), `hist` (answers, layers, bins)."
     def __init__(self, sums: dict[str, torch.Tensor],
@@ -81,7 +82,7 @@ class AnswerStats:
         return AnswerStats({name: torch.cat([t, other.sums[name]]) for name, t in self.sums.items()},
                            np.concatenate([self.lengths, other.lengths]), np.concatenate([self.ids, other.ids]), self.tokens)
 
-# %% ../nbs/08_eavss.ipynb #36f4e153
+# %% ../nbs/08_eavss.ipynb #fd124fa1
 def thresholds(self: AnswerStats, point: str = "relative_update",
                eps: float | Sequence[float] = None,   # absolute, one for all layers or one for each
                tau: float = 0.05) -> np.ndarray:      # without `eps`: τ·RMS of each layer over all answers
@@ -107,7 +108,7 @@ def below(self: AnswerStats, point: str, thresholds: np.ndarray) -> np.ndarray:
 
 AnswerStats.thresholds, AnswerStats.below = thresholds, below
 
-# %% ../nbs/08_eavss.ipynb #b3f88bba
+# %% ../nbs/08_eavss.ipynb #8ef6ad32
 def answer_variance(
     stats: AnswerStats,
     point: str = "relative_update",
@@ -133,7 +134,7 @@ def _positive(square: np.ndarray, mean: np.ndarray) -> np.ndarray:
     v = square - mean**2
     return np.where(v > 1e-13 * square, v, 0 * v)
 
-# %% ../nbs/08_eavss.ipynb #f0802b76
+# %% ../nbs/08_eavss.ipynb #2bd2b2f1
 def pooled(self: AnswerStats) -> LayerStats:
     "The statistics of all answers' tokens together."
     sums = {name: t.sum(0, dtype=torch.float64 if t.is_floating_point() else torch.int64) for name, t in self.sums.items()}
@@ -147,7 +148,7 @@ def pooled(self: AnswerStats) -> LayerStats:
 
 AnswerStats.pooled = pooled
 
-# %% ../nbs/08_eavss.ipynb #c80f1048
+# %% ../nbs/08_eavss.ipynb #872fce55
 def save(self: AnswerStats, path: str | Path):
     "Write as safetensors; the file appears whole or not at all."
     note = dict(format="avss_nb.AnswerStats", version="1", tokens=self.tokens, ids=json.dumps(self.ids.tolist()))
@@ -167,7 +168,7 @@ def load(path: str | Path) -> AnswerStats:
 
 AnswerStats.save, AnswerStats.load = save, staticmethod(load)
 
-# %% ../nbs/08_eavss.ipynb #1e16e219
+# %% ../nbs/08_eavss.ipynb #4e8d2329
 TOKENS = ("answer", "first")
 
 def _answer_rows(model: nn.Module, answers) -> tuple[list[str], list[tuple[int, list[int]]], list[int]]:
@@ -194,7 +195,7 @@ def _answer_positions(batch: dict, lengths: torch.Tensor, tokens: str) -> tuple[
     counted = mask.bool() & (left < n if tokens == "answer" else left == n - 1)
     return counted.flatten().nonzero()[:, 0], counted.nonzero()[:, 0]
 
-# %% ../nbs/08_eavss.ipynb #b9f5df44
+# %% ../nbs/08_eavss.ipynb #02bfe260
 def answer_stats(
     model: nn.Module,                                        # a transformers model
     tokenizer: PreTrainedTokenizerBase,                      # for its pad token
@@ -228,7 +229,7 @@ def answer_stats(
 
 _QUANTITIES = dict(count=(torch.int64,), sum=(torch.float64,), sumsq=(torch.float64,), exact=(torch.int32,), hist=(torch.int32, N_COARSE))
 
-# %% ../nbs/08_eavss.ipynb #bb25be06
+# %% ../nbs/08_eavss.ipynb #02e63e1f
 def _keep(kept: dict, found: dict, index: torch.Tensor, ids: list[str]):
     "Put a batch's sums where they belong; FloatingPointError names the first layer, and an answer, that is not finite."
     for kind, sums in kept.items():
@@ -240,7 +241,7 @@ def _keep(kept: dict, found: dict, index: torch.Tensor, ids: list[str]):
                     raise FloatingPointError(f"activations of layer {layer} are NaN or infinite at {point!r}, first in the answer to {ids[index[bad[0, 0]]]!r}: nothing was scored")
                 for q, t in new.items(): sums[f"{point}.{q}"][index, layer] = t.to(sums[f"{point}.{q}"].dtype)
 
-# %% ../nbs/08_eavss.ipynb #e4ce8843
+# %% ../nbs/08_eavss.ipynb #9ccd4303
 _LABELS = dict(right=0., wrong=1., empty=np.nan, refused=np.nan)
 
 def _hallucinated(labels, n: int) -> tuple[np.ndarray, dict[str, int]]:
@@ -257,7 +258,7 @@ def _hallucinated(labels, n: int) -> tuple[np.ndarray, dict[str, int]]:
     if not (counts["right"] and counts["wrong"]): raise ValueError(f"right and wrong answers are compared, and there are {', '.join(f'{c} {k}' for k, c in counts.items())}")
     return np.array([_LABELS[name] for name in names]), counts
 
-# %% ../nbs/08_eavss.ipynb #4dd0dc0a
+# %% ../nbs/08_eavss.ipynb #7f3edce9
 def _codes(values, n: int, name: str) -> np.ndarray:
     values = values.tolist() if hasattr(values, "tolist") else list(values)
     if len(values) != n: raise ValueError(f"{name} has {len(values)} values for {n} answers")
@@ -288,7 +289,7 @@ class _Design:
             shares = [np.nan_to_num(n_h * n_f / (n_h + n_f) / n, posinf=0.) for n in (n_h, n_f)]
         return tuple(side * share[:, self.strata] for side, share in zip(sides, shares))
 
-# %% ../nbs/08_eavss.ipynb #3eeb851e
+# %% ../nbs/08_eavss.ipynb #dcb5a75e
 def _group_sums(stats: AnswerStats, rows: np.ndarray, point: str, eps, tau: float) -> np.ndarray:
     "Count, sum, sum of squares and count below the threshold of each answer: (answers, 4, layers). The threshold is the same for all."
     some = stats.select(rows)
@@ -320,7 +321,7 @@ def _contrast(name, stats, labels, mode, point, eps, tau, groups, within, delta)
     found.attrs["counts"] = design.counts
     return found
 
-# %% ../nbs/08_eavss.ipynb #a94a8761
+# %% ../nbs/08_eavss.ipynb #38d94e38
 def hsav(stats: AnswerStats, labels: Sequence, mode: str = "ratio", point: str = "relative_update", eps: float = None, tau: float = 0.05,
          groups: Sequence = None, within: str | Sequence = None, delta: float = 1e-6) -> pd.Series:
     """Hallucination-specific activation variance per layer (arXiv 2411.10069; our reading). `ratio`: log σ²_H/σ²_F, in nats; `gap`: |σ²_H − σ²_F|,
@@ -348,7 +349,7 @@ def eavss(
     are constant; `gap` and `conditional`: HSAV/(HSS + δ). ValueError for labels that are missing, unknown or all the same."""
     return _contrast("eavss", stats, labels, mode, point, eps, tau, groups, within, delta)
 
-# %% ../nbs/08_eavss.ipynb #e44bfdcf
+# %% ../nbs/08_eavss.ipynb #98a7393e
 def _dealt(self: _Design, n: int, rng: np.random.Generator) -> np.ndarray:
     "(n, answers): whose label each answer gets, n times. Questions of equal size trade within their stratum, then answers within a question."
     block = np.unique(np.stack([self.strata, self.questions]), axis=1, return_inverse=True)[1].ravel()
@@ -373,7 +374,7 @@ def _resampled(self: _Design, n: int, rng: np.random.Generator) -> np.ndarray:
 
 _Design.dealt, _Design.resampled = _dealt, _resampled
 
-# %% ../nbs/08_eavss.ipynb #7ea1c5fb
+# %% ../nbs/08_eavss.ipynb #6d840d98
 def _p_values(value: np.ndarray, null: np.ndarray, mode: str) -> np.ndarray:
     "Share of deals, the actual one counted in, that lie as far from the middle (`gap`: as high); a deal without a value counts as one that does."
     middle = 0 if mode == "gap" else np.nanmedian(np.concatenate([null, value[None]]), axis=0)
@@ -390,7 +391,7 @@ def _check_profile(design: _Design, values: np.ndarray, measure: str, least: int
     if (bad := np.flatnonzero(~np.isfinite(values))).size:
         raise ValueError(f"{measure} is not finite in layers {bad.tolist()}, since σ² or S of a group is 0 there: use a larger eps, or tau")
 
-# %% ../nbs/08_eavss.ipynb #e8f36b30
+# %% ../nbs/08_eavss.ipynb #4aac5277
 def hallucination_profile(
     stats: AnswerStats,                # from `answer_stats`
     labels: Sequence,                  # as in `eavss`
@@ -434,7 +435,7 @@ def _interval(drawn: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     "Percentiles over the first axis; a resample without one of the groups has no value and is left out."
     return tuple(np.nanquantile(drawn, share, axis=0, method=side) for share, side in (((1 - level) / 2, "lower"), ((1 + level) / 2, "higher")))
 
-# %% ../nbs/08_eavss.ipynb #488da0df
+# %% ../nbs/08_eavss.ipynb #c7ee7182
 def flip_labels(
     labels: Sequence,      # as in `eavss`
     share: float,          # of the right and wrong answers, 0 to 1
@@ -448,3 +449,20 @@ def flip_labels(
     other = {"right": "wrong", "wrong": "right", True: False, False: True}
     for i in np.random.default_rng(seed).permutation(usable)[:round(share * len(usable))]: labels[i] = other[labels[i]]
     return labels
+
+# %% ../nbs/08_eavss.ipynb #98e95466
+def plot_hallucination(
+    table: pd.DataFrame,     # from `hallucination_profile`
+    ax: plt.Axes = None,
+    alpha: float = 0.05,     # filled markers where q < alpha
+    color: str = "C0",
+) -> plt.Axes:
+    "The value of every layer with its interval; filled where it is more than chance."
+    ax = plt.subplots(figsize=(6, 3))[1] if ax is None else ax
+    sure = table.q < alpha
+    ax.axhline(0, color="gray", lw=.8)
+    ax.fill_between(table.index, table.low, table.high, color=color, alpha=.2, lw=0)
+    ax.plot(table.value, color=color, lw=1)
+    for some, face in ((sure, color), (~sure, "white")): ax.plot(table.index[some], table.value[some], "o", ms=4.5, color=color, mfc=face)
+    ax.set(xlabel="layer", ylabel=f"{table.attrs.get('measure', 'value').upper()} (nats)" if table.attrs.get("mode") == "ratio" else "value")
+    return ax
