@@ -14,10 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 import measure
-from avss_nb.data import batches, load_questions, load_text
+from avss_nb.data import batch_rows, batches, load_questions, load_text
+from avss_nb.eavss import AnswerStats, _answer_sums, answer_stats, hallucination_profile
 from avss_nb.evaluation import option_logprobs, perplexity, row_losses, task_items, text_losses
 from avss_nb.hooks import run_blocks
 from avss_nb.importance import leave_one_out, sleb
@@ -29,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RIVALS = ROOT/".venv-bench"
 SIZES = dict(base=(8, 1), batches=(8, 8), rows=(64, 1))   # windows a batch, batches: the second and third have eight times the tokens
-PARTS = ("overhead", "leave_one_out", "sleb", "decoding", "options", "healing", "memory", "rivals")   # in this order
-HERE_PARTS = PARTS[:6]   # in this process
+PARTS = ("overhead", "leave_one_out", "sleb", "decoding", "options", "healing", "answers", "nulls", "memory", "rivals")   # in this order
+HERE_PARTS = PARTS[:8]   # in this process
 SEVEN = [3, 12, 13, 14, 17, 25, 26]
 RIVAL_WORK = ("hidden_states", "captum", "nnsight_saved", "nnsight_reduced", "collect_output")   # of measure.py; the last is ours
 
@@ -149,6 +151,24 @@ def healing_step(model, data, rounds: int) -> dict:
         measure.interleaved(runs, 1)
         return dict(seconds=measure.interleaved(runs, rounds), tokens=ids.numel())
 
+def reading_answers(model, tokenizer, n: int, rounds: int) -> dict:
+    "Seconds of the pass through the blocks over answers with their prompts, and of collecting the answers' statistics, interleaved."
+    texts = [ids[:40 + 5 + i % 11] for i, ids in enumerate(tokenizer(load_text("pydoc", split="train", n=n)).input_ids)]   # answers of 5 to 15 tokens
+    answers = dict(id=list(range(n)), prompt_tokens=[ids[:40] for ids in texts], answer_tokens=[ids[40:] for ids in texts])
+    runs = dict(forward=lambda: [run_blocks(model, batch) for batch in batch_rows(list(enumerate(texts)), tokenizer, 16)], collect=lambda: answer_stats(model, tokenizer, answers))
+    measure.interleaved(runs, 1)
+    return dict(seconds=measure.interleaved(runs, rounds), answers=n, tokens=sum(map(len, texts)))
+
+def profiles(n: int, times: int, repeats: int) -> dict:
+    "Seconds of the profiles at two points: answers of a made-up network of 30 layers, as many permutations and as many bootstrap samples."
+    owner, draw, sums = torch.arange(n).repeat_interleave(8), torch.Generator().manual_seed(0), {}
+    for point in ("output", "relative_update"):
+        layers = [_answer_sums(torch.randn(len(owner), 64, generator=draw), owner, n) for _ in range(30)]
+        sums |= {f"{point}.{q}": torch.stack([layer[q] for layer in layers], 1) for q in layers[0]}
+    stats, labels = AnswerStats(sums, [8] * n), np.arange(n) % 2 == 0
+    runs = {within: lambda within=within: [hallucination_profile(stats, labels, np.arange(n) // 4, times, times, point=p, within=within) for p in stats.points] for within in (None, "question")}
+    return {str(within): [timed(run)[0] for _ in range(repeats)] for within, run in runs.items()} | dict(answers=n, times=times)
+
 def machine() -> dict:
     "What the numbers depend on."
     cpu = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
@@ -172,6 +192,7 @@ def main():
                  decoding=lambda: decoding_cost(dict(whole=model, pruned=prune_layers(model, SEVEN)), n_tokens=4 if quick else 32, repeats=repeats + 2).loc["pruned"].to_dict(),
                  options=lambda: options_both_ways(model, tokenizer, 4 if quick else 64, repeats),
                  healing=lambda: healing_step(model, measure.passages(tokenizer, 4, 1, length // 2), repeats + 2),
+                 answers=lambda: reading_answers(model, tokenizer, 8 if quick else 64, rounds), nulls=lambda: profiles(*((40, 20) if quick else (1000, 1000)), repeats),
                  memory=lambda: memory(folder, length, repeats), rivals=lambda: rivals(folder, length, pairs))
     results = dict(machine=machine(), length=length, sizes=SIZES)
     if set(only) != set(PARTS):

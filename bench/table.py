@@ -1,7 +1,7 @@
 """The page that `make bench` writes, from its numbers."""
 from statistics import median
 
-TIME_BAR, MEMORY_BAR = 1.10, 32   # times the plain pass; MB above it
+TIME_BAR, ANSWERS_BAR, MEMORY_BAR = 1.10, 1.15, 32   # times the plain pass; MB above it
 NAMES = dict(hidden_states="transformers {}, `output_hidden_states=True`", captum="captum {}, `LayerActivation`",
              nnsight_saved="nnsight {}, outputs saved", nnsight_reduced="nnsight {}, reduced inside the trace", collect_output="avss_nb, output alone")
 
@@ -75,6 +75,12 @@ def healing_rows(results: dict) -> list[str]:
     return [row(f"A step of distillation, {found['tokens']} tokens: time over the teacher's pass, the student's and the way back", spread(over["plain"]), "–", ""),
             row("… over the same step with torch's `kl_div`", spread(over["torch"]), "–", "")]
 
+def answers_rows(results: dict) -> list[str]:
+    read, nulls = results["answers"], results["nulls"]
+    over, size = ratios(read["seconds"]["collect"], read["seconds"]["forward"]), f"{nulls['answers']:,} answers × 30 layers × 2 points, {nulls['times']:,} permutations and {nulls['times']:,} bootstrap samples"
+    return [row(f"Time of `answer_stats` over the pass through the blocks alone, {read['answers']} answers, {read['tokens']:,} tokens with their prompts", spread(over), *against(median(over), ANSWERS_BAR)),
+            *(row(f"{title} of {size}", f"{median(nulls[key]):.2f} s", *against(median(nulls[key]), 5, " s")) for key, title in {"None": "Profile", "question": "Paired profile"}.items())]
+
 def rival_row(name: str, found: dict, results: dict, ours: list[float]) -> str:
     title = NAMES[name].format(found.get("version", ""))
     if "error" in found: return row(title, f"failed: {found['error']}", "", "", "")
@@ -97,7 +103,7 @@ SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding
 `collect_stats` at two reading points (`output`, `relative_update`): float64 sums and the histogram.
 
 {head("measured", "figure", "bar", "met")}
-{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results) + decoding_rows(results) + options_rows(results) + healing_rows(results))}
+{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results) + decoding_rows(results) + options_rows(results) + healing_rows(results) + answers_rows(results))}
 
 ## Beside other libraries
 
