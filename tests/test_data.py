@@ -314,8 +314,8 @@ ROWS = {   # file -> its rows; tables have a line of names
     "sciq/sciq.train.first2400.json": {str(k): dict(question=q, option1="a", option2="b", option3="c", option4="d", answer_index=2) for k, q in enumerate((WHO, "When?"))},
     "triviaqa/triviaqa.test.subsample1000.jsonl": [dict(id="t1", question=WHO, golden_answers=["WICK", "Wick"]), dict(id="t2", question="Where?", golden_answers=["Quill"])],
     "triviaqa/TriviaQA.first2500.csv": [dict(question="who lit the lamp", answer="Wick", false_answer="Bo"), dict(question="When?", answer="1901; In 1901", false_answer="1902")],
-    "truthfulqa/TruthfulQA.csv": [{"Question": q, "Best Answer": "Ada", "Correct Answers": "Ada; Ada did", "Incorrect Answers": "Bo; No one; "} for q in (WHO, "Where?")],
-    "wikiqa/WikiQA-test.tsv": [dict(QuestionID=f"Q{i}", Question=q, Sentence=f'A " sentence {k} .', Label=str(k)) for i, q in enumerate((WHO, "Where?")) for k in (0, 1)],
+    "truthfulqa/TruthfulQA.csv": [{"Question": q, "Best Answer": "Ada", "Correct Answers": "Ada;Ada did", "Incorrect Answers": "Bo; No one; "} for q in (WHO, "Where?")],
+    "wikiqa/WikiQA-test.tsv": [dict(QuestionID=f"Q{i}", Question=q, Sentence=f'"Sentence {k} .', Label=str(k)) for i, q in enumerate((WHO, "Where?")) for k in (0, 1)],
     "squad_xquad_en/xquad.en.json": dict(data=[dict(paragraphs=[dict(context="Ada lit it.", qas=[dict(id=f"s{i}", question=q, answers=[dict(text="Ada", answer_start=0)]) for i, q in enumerate((WHO, "Where?"))])])]),
     "popqa/popqa.test.subsample1000.jsonl": [dict(id=f"p{i}", question=q, metadata=dict(obj="Ada"), golden_answers=["A. Wick", "Ada"]) for i, q in enumerate((WHO, "Where?"))],
     "halueval/qa_data.first1000.json": [dict(knowledge="Ada lit it.", question=q, right_answer="Ada", hallucinated_answer="Bo lit it.") for q in (WHO, "Where?")],
@@ -361,12 +361,28 @@ def test_made_files_are_read(folder):
         sciq=[(WHO, ["Ada"], ["Bo", "Cy", "Di"]), ("Where?", ["Bo"], ["Ada", "Cy", "Di"])],
         triviaqa=[(WHO, ["Wick", "WICK"], []), ("Where?", ["Quill"], [])],
         truthfulqa=[(q, ["Ada", "Ada did"], ["Bo", "No one"]) for q in (WHO, "Where?")],
-        wikiqa=[(q, ['A " sentence 1 .'], ['A " sentence 0 .']) for q in (WHO, "Where?")],
+        wikiqa=[(q, ['"Sentence 1 .'], ['"Sentence 0 .']) for q in (WHO, "Where?")],
         squad=[(q, ["Ada"], []) for q in (WHO, "Where?")],
         popqa=[(q, ["Ada", "A. Wick"], []) for q in (WHO, "Where?")],
         halueval=[(q, ["Ada"], ["Bo lit it."]) for q in (WHO, "Where?")])
     assert [(r["question"], r["answers"], r["distractors"]) for r in load_questions("triviaqa", split="train")] == [("When?", ["1901", "In 1901"], ["1902"])]
     assert load_questions("sciq", split="train")["question"][:] == ["When?"] and load_questions("sciq")["context"][:] == ["Ada did.", "With Bo."]
+
+
+def test_repeats_near_ones_and_other_passages(folder):
+    "Golds of repeats count together, also against false answers of rows before; the same question about another passage is another."
+    rows = [("When?", "1901; In 1901", "1902"), ("when", "1902", "The 1903s"), ("Why?", "Lanterns", "A lantern"), ("why", "Lamps", "A 1901"), ("When", "1904", "a bell")]
+    (folder/"triviaqa/TriviaQA.first2500.csv").write_text(as_text("t.csv", [dict(zip(("question", "answer", "false_answer"), r)) for r in rows]), encoding="utf-8")
+    assert [(r["id"], r["answers"], r["distractors"]) for r in load_questions("triviaqa", split="train")] == [
+        ("triviaqa/train/0", ["1901", "In 1901", "1902", "1904"], ["The 1903s", "a bell"]), ("triviaqa/train/2", ["Lanterns", "Lamps"], ["A 1901"])]
+    assert count_questions("triviaqa").loc["triviaqa", "train"].iloc[:8].tolist() == [5, 3, 0, 0, 2, 1, 1, 3]
+    wrong = [dict(question=WHO, answer="Ada", false_answer="The Ad"), dict(question="Where?", answer="Quill", false_answer="The Quill.")]
+    (folder/"nq_open/Natural_Questions.csv").write_text(as_text("n.csv", wrong), encoding="utf-8")
+    assert load_questions("nq")["distractors"][:] == [["The Ad"], []]
+    passages = [dict(context=c, qas=[dict(id=f"{c}{i}", question=q, answers=[dict(text=c[i])]) for i, q in enumerate((WHO, "who lit the LAMP"))]) for c in ("ab", "cd")]
+    (folder/"squad_xquad_en/xquad.en.json").write_text(json.dumps(dict(data=[dict(paragraphs=passages)])), encoding="utf-8")
+    assert [(r["id"], r["answers"], r["context"]) for r in load_questions("squad")] == [("squad/ab0", ["a", "b"], "ab"), ("squad/cd0", ["c", "d"], "cd")]
+    assert sorted(len(QUESTIONS["squad"](split, folder)) for split in ("train", "test")) == [0, 2]
 
 
 COLUMNS = [("nq_open/NQ-open.dev.jsonl", "question"), ("nq_open/NQ-open.dev.jsonl", "answer"), ("nq_open/Natural_Questions.csv", "question"), ("nq_open/Natural_Questions.csv", "false_answer"),
