@@ -253,7 +253,7 @@ def test_an_encoder_decoder_is_refused():
 
 # ---- normalisation and overlap
 
-WORDS = st.sampled_from(["Paris", "a", "An", "the", "THE", "theory", "U.S.", "well-known", "1914–18", "’n’", "_", "é", "e\u0301", "İ", "ẞ", "हिन्दी", "\n", "\t", ";", "—", "x", "`", "東京", "42"])
+WORDS = st.sampled_from(["Paris", "a", "An", "the", "THE", "theory", "U.S.", "well-known", "1914–18", "’n’", "_", "é", "e\u0301", "İ", "ẞ", "हिन्दी", "\n", "\t", ";", "—", "x", "`", "東京", "42", "Iran", "Irania"])
 TEXT = st.lists(WORDS, max_size=7).map(" ".join) | st.text(max_size=25)
 PLAIN = st.lists(st.sampled_from(["Paris", "a", "the", "U.S.", "of", "x", "France,", "cat’s", "É", "snake_case"]), max_size=7).map(" ".join) | st.text(max_size=25).filter(lambda t: not set(t) & set(map(chr, labeling._DASHES)))
 
@@ -331,6 +331,7 @@ def test_empty_answers(rule, answer):
 @pytest.mark.parametrize("rule", RULES)
 def test_refusals(rule):
     for phrase in REFUSALS:
+        assert labels(rule, f"Lima: {phrase}", ["Lima: " + phrase]) == "right" and labels(rule, f"Ask, {phrase}", ["Lima"]) == "wrong"      # at the start only
         for text in (phrase, phrase.upper() + ".", f"{phrase}, Lima", phrase.replace("'", "’") + " that"): assert labels(rule, text, ["Lima"]) == "refused", text
     assert labels(rule, "Sorryville", ["Sorryville"]) == labels(rule, "Sorry Seems to Be the Hardest Word", ["Sorry Seems to Be the Hardest Word"]) == "right"
     assert labels(rule, "I have no comment", ["I have no comment"]) == "refused" and labels(rule, "+", ["+"]) == "right"
@@ -345,15 +346,20 @@ def test_a_gold_that_is_nothing_matches_nothing_else(rule, gold):
 
 @pytest.mark.parametrize("rule", ["alias", "choice"])
 def test_the_questions_own_words_prove_nothing(rule):
-    say = lambda answer, golds, question="What is the capital of Rwanda?": label_answers([dict(id="a", question=question, answers=golds, distractors=["Nairobi"], answer=answer)], rule)[rule][0]
-    golds = ["Kigali", "Capital of Rwanda"]
-    assert say("The capital of Rwanda is Juba.", golds) == "wrong" and say("The capital of Rwanda is Kigali.", golds) == say("capital of Rwanda!", golds) == "right"
+    say = lambda answer, golds, question="What is the capital of Peru?": label_answers([dict(id="a", question=question, answers=golds, distractors=["Quito"], answer=answer)], rule)[rule][0]
+    golds = ["Lima", "Capital of Peru"]
+    assert say("The capital of Peru is Cusco.", golds) == "wrong" and say("The capital of Peru is Lima.", golds) == say("capital of Peru!", golds) == "right"
     assert say("The Sun is", ["Sun"], "Which is larger, the Sun or the Moon?") == "right"      # there is no other gold
 
 
 @pytest.mark.parametrize("answer, right", [("oxygen", True), ("an oxygen mask", False), ("oxygen and an oxygen mask", False), ("carbon", False), ("Carbon dioxide!", True), ("water", False), ("mask", False)])
 def test_choice_takes_the_longer_name(answer, right):
     assert labels("choice", answer, ["oxygen", "carbon dioxide"], ["oxygen mask", "carbon", "..."]) == ("right" if right else "wrong")
+
+
+@pytest.mark.parametrize("answer, label", [("Irania", "wrong"), ("Tehran, Iran.", "right"), ("Iran\n\nQuestion", "right"), ("Iran-Contra", "wrong"), ("not Iran", "right")])
+def test_containment_is_by_whole_words(answer, label):
+    assert labels("alias", answer, ["Iran"]) == labels("choice", answer, ["Iran"]) == label
 
 
 def test_style_changes_what_is_equal():
@@ -391,7 +397,7 @@ def test_options_of_sciq():
     right, wrong = say(lambda r: r["answers"]), say(lambda r: r["distractors"])
     for rule in RULES: assert set(label_answers(right, rule)[rule]) == {"right"}
     called = {rule: label_answers(wrong, rule)[rule][:].count("right") for rule in RULES}
-    assert called["exact"] == called["choice"] == 0 and called["alias"] < 30 and called["f1"] > 500     # "plasma membrane" for "cell membrane" is F1 .5
+    assert called["exact"] == called["choice"] == 0 and called["alias"] < 30 and called["f1"] > 500     # one word of two in common is F1 .5
 
 
 # ---- judges
