@@ -1,4 +1,4 @@
-"""What several test files use: the project's folders, and a browser that looks at pages."""
+"""What several test files use: the project's folders, a browser that looks at pages, and the order in which several processes take the tests."""
 import json
 import os
 import re
@@ -7,6 +7,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")   # no test asks the hub; read when transformers is imported
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:     # threads of more processes than cores wait for each other
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // workers))
 
 import pytest
 from selenium import webdriver
@@ -47,6 +49,19 @@ def check_page(browser, url: str) -> list[str]:
         if urlsplit(asked).scheme in ("http", "https", "ws", "wss") and urlsplit(asked).netloc != urlsplit(url).netloc:
             problems.append(f"asks another host: {asked}")
     return problems
+
+
+LONGEST = ("06_importance", "05_pruning", "06b_certainty", "20_study_layers")
+
+
+def pytest_collection_modifyitems(items):
+    "Chapters first, the longest ahead, each wherever there is room; all other tests of a file in one process, since they share what was made for them."
+    def turn(item):
+        if item.path.name != "test_notebooks.py": return len(LONGEST) + 1
+        return next((i for i, name in enumerate(LONGEST) if f"[{name}]" in item.name), len(LONGEST))
+    items.sort(key=turn)
+    for item in items:
+        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session")

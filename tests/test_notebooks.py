@@ -8,7 +8,7 @@ from _run import chapters
 
 from conftest import ROOT
 
-MINUTES = 25   # the longest that one chapter may take
+MINUTES = 40   # the longest that one chapter may take
 
 
 @pytest.mark.parametrize("chapter", chapters(), ids=lambda path: path.stem)
