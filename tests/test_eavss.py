@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from scipy import stats as sps
 
-from avss_nb.eavss import (MODES, N_COARSE, AnswerStats, _answer_sums, answer_sparsity, answer_stats, answer_variance, coarse_bins, coarse_edges, eavss, flip_labels,
+from avss_nb.eavss import (MODES, N_COARSE, AnswerStats, _answer_sums, _Design, answer_sparsity, answer_stats, answer_variance, coarse_bins, coarse_edges, eavss, flip_labels,
                            hallucination_profile, hsav, hss)
 from avss_nb.hooks import POINTS, read_activations
 from avss_nb.metrics import LayerStats, avss, collect_stats, sparsity, variance
@@ -310,6 +310,23 @@ def test_samples_taken_for_independent_answers_find_too_much():
     def deal(rng): return np.repeat(rng.permutation(np.arange(20) % 2 == 0), 6)
     assert (shuffles(stats, deal, 100, groups=range(120))[0] < .05).mean() > .15
     assert (shuffles(stats, deal, 100)[0] < .05).mean() < .1
+
+
+@pytest.mark.parametrize("within", [None, "question", "length"])
+def test_deals_stay_within_the_design(within):
+    "Each stratum keeps its labels; answers of a question (in a stratum) keep theirs together, though not their order; much else moves."
+    rng = np.random.default_rng(0)
+    ids, lengths, wrong = np.sort(rng.integers(0, 30, 100)), rng.integers(1, 4, 100), rng.random(100) < .4
+    design = _Design(made(np.ones((100, 1)), lengths, rng, ids), wrong, within=within)
+    dealt, block = design.dealt(300, rng), design.strata * 1000 + design.questions
+    assert (np.sort(dealt, 1) == np.arange(len(design.rows))).all()
+    labels = design.wrong[dealt]
+    for stratum in np.unique(design.strata): assert (labels[:, design.strata == stratum].sum(1) == design.wrong[design.strata == stratum].sum()).all()
+    content = sorted(tuple(sorted(design.wrong[block == b])) for b in np.unique(block))
+    for deal in labels[:20]: assert sorted(tuple(sorted(deal[block == b])) for b in np.unique(block)) == content
+    assert len(np.unique(labels, axis=0)) > 290
+    traded = np.mean([len(np.unique(labels[:, block == b].sum(1))) > 1 for b in np.unique(block)])
+    assert traded == 0 if within == "question" else traded > .5
 
 
 def test_conditional_and_gap_have_a_null_too():
