@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COARSE_BITS', 'LOWEST', 'HIGHEST', 'N_COARSE', 'TOKENS', 'MODES', 'coarse_bins', 'coarse_edges', 'AnswerStats',
-           'thresholds', 'below', 'answer_variance', 'answer_sparsity', 'pooled', 'save', 'load', 'answer_stats',
-           'hsav', 'hss', 'eavss', 'hallucination_profile', 'flip_labels', 'plot_hallucination']
+           'answer_variance', 'answer_sparsity', 'answer_stats', 'hsav', 'hss', 'eavss', 'hallucination_profile',
+           'flip_labels', 'plot_hallucination']
 
 # %% ../nbs/08_eavss.ipynb #f808f34d
 import json
@@ -83,20 +83,21 @@ class AnswerStats:
                            np.concatenate([self.lengths, other.lengths]), np.concatenate([self.ids, other.ids]), self.tokens)
 
 # %% ../nbs/08_eavss.ipynb #fd124fa1
-def thresholds(self: AnswerStats, point: str = "relative_update",
+def _thresholds(self: AnswerStats, point: str = "relative_update",
                eps: float | Sequence[float] = None,   # absolute, one for all layers or one for each
-               tau: float = 0.05) -> np.ndarray:      # without `eps`: τ·RMS of each layer over all answers
+               tau: float = 0.05,                     # without `eps`: τ·RMS of each layer over the answers
+               rows=slice(None)) -> np.ndarray:       # over some of the answers
     "The threshold of each layer; ValueError when it is not above zero or beyond the histogram."
     chosen, value = ("eps", eps) if eps is not None else ("tau", tau)
     if not (np.asarray(value) > 0).all(): raise ValueError(f"the threshold must be above zero, not {chosen}={value}")
-    rms = np.sqrt(self.get(point, "sumsq").sum(0) / self.get(point, "count").sum(0))
+    rms = np.sqrt(self.get(point, "sumsq")[rows].sum(0) / self.get(point, "count")[rows].sum(0))
     found = np.broadcast_to(np.asarray(eps, float), rms.shape) if eps is not None else tau * rms
     if (outside := np.flatnonzero((rms > 0) & ((found < 2.**LOWEST) | (found > 2.**HIGHEST)))).size:
         raise ValueError(f"the threshold {found[outside[0]]:.2g} of layer {outside[0]} at {point!r} lies outside of what the histogram resolves "
                          f"({2.**LOWEST:.2g} to {2.**HIGHEST:.0f}): choose another {chosen}")
     return found
 
-def below(self: AnswerStats, point: str, thresholds: np.ndarray) -> np.ndarray:
+def _below(self: AnswerStats, point: str, thresholds: np.ndarray) -> np.ndarray:
     "How many of each answer's activations are below each layer's threshold, (answers, layers); linear inside a bin, exact at 1e-5 and at bin edges."
     hist, edges, at = self.get(point, "hist"), coarse_edges(), np.empty((len(self), self.n_layers))
     for layer, threshold in enumerate(thresholds):
@@ -106,7 +107,7 @@ def below(self: AnswerStats, point: str, thresholds: np.ndarray) -> np.ndarray:
         if threshold == EXACT_EPS: at[:, layer] = self.get(point, "exact")[:, layer]
     return at
 
-AnswerStats.thresholds, AnswerStats.below = thresholds, below
+AnswerStats.thresholds, AnswerStats.below = _thresholds, _below
 
 # %% ../nbs/08_eavss.ipynb #8ef6ad32
 def answer_variance(
@@ -135,7 +136,7 @@ def _positive(square: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return np.where(v > 1e-13 * square, v, 0 * v)
 
 # %% ../nbs/08_eavss.ipynb #2bd2b2f1
-def pooled(self: AnswerStats) -> LayerStats:
+def _pooled(self: AnswerStats) -> LayerStats:
     "The statistics of all answers' tokens together."
     sums = {name: t.sum(0, dtype=torch.float64 if t.is_floating_point() else torch.int64) for name, t in self.sums.items()}
     for point in self.points:
@@ -146,17 +147,17 @@ def pooled(self: AnswerStats) -> LayerStats:
         sums[f"{point}.hist"] = fine
     return LayerStats(sums)
 
-AnswerStats.pooled = pooled
+AnswerStats.pooled = _pooled
 
 # %% ../nbs/08_eavss.ipynb #872fce55
-def save(self: AnswerStats, path: str | Path):
+def _save(self: AnswerStats, path: str | Path):
     "Write as safetensors; the file appears whole or not at all."
     note = dict(format="avss_nb.AnswerStats", version="1", tokens=self.tokens, ids=json.dumps(self.ids.tolist()))
     data = to_bytes({name: t.contiguous() for name, t in self.sums.items()} | dict(lengths=torch.from_numpy(self.lengths)), metadata=note)
     if not Path(path).parent.is_dir(): raise OSError(f"cannot write {path}: there is no folder {Path(path).parent}")
     write_whole(path, lambda part: part.write_bytes(data))
 
-def load(path: str | Path) -> AnswerStats:
+def _load(path: str | Path) -> AnswerStats:
     "Read what `save` wrote; ValueError for a file that is something else or was cut short."
     try:
         with safe_open(path, framework="pt") as file:
@@ -166,7 +167,7 @@ def load(path: str | Path) -> AnswerStats:
     except SafetensorError as error: raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
     return AnswerStats(sums, sums.pop("lengths").numpy(), json.loads(note["ids"]), note["tokens"])
 
-AnswerStats.save, AnswerStats.load = save, staticmethod(load)
+AnswerStats.save, AnswerStats.load = _save, staticmethod(_load)
 
 # %% ../nbs/08_eavss.ipynb #4e8d2329
 TOKENS = ("answer", "first")
@@ -175,7 +176,7 @@ def _answer_rows(model: nn.Module, answers) -> tuple[list[str], list[tuple[int, 
     "Question ids, numbered rows of token ids, and answer lengths; ValueError names what cannot be read."
     columns = list(getattr(answers, "column_names", answers))
     if missing := [c for c in ("id", "prompt_tokens", "answer_tokens") if c not in columns]:
-        raise ValueError(f"the answers table has no column {missing[0]!r}, only {', '.join(map(str, columns))}: make it with generate_answers")
+        raise ValueError(f"the answers table has no column {missing[0]!r}, only {', '.join(map(str, columns))[:200]}: make it with generate_answers")
     ids, prompts, said = (list(answers[c]) for c in ("id", "prompt_tokens", "answer_tokens"))
     if not ids: raise ValueError("the answers table is empty")
     if none := [i for i, tokens in enumerate(said) if not len(tokens)]:
@@ -292,9 +293,8 @@ class _Design:
 # %% ../nbs/08_eavss.ipynb #dcb5a75e
 def _group_sums(stats: AnswerStats, rows: np.ndarray, point: str, eps, tau: float) -> np.ndarray:
     "Count, sum, sum of squares and count below the threshold of each answer: (answers, 4, layers). The threshold is the same for all."
-    some = stats.select(rows)
-    near_zero = some.below(point, some.thresholds(point, eps, tau))
-    return np.stack([*(some.get(point, q).astype(float) for q in ("count", "sum", "sumsq")), near_zero], axis=1)
+    near_zero = stats.below(point, stats.thresholds(point, eps, tau, rows))
+    return np.stack([*(stats.get(point, q).astype(float) for q in ("count", "sum", "sumsq")), near_zero], axis=1)[rows]
 
 MODES = ("ratio", "gap", "conditional")
 
