@@ -20,7 +20,7 @@ study: $(READY)  ## study the layers of the bundled model, report in results/smo
 	$(BIN)/avss_study smollm2-135m --out results/smollm2-135m $(if $(AVSS_NB_DATA),--data "$(AVSS_NB_DATA)")
 
 test: $(READY)  ## run every notebook and every test
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 lab: $(READY)  ## read and run the chapters in JupyterLab
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs

@@ -14,6 +14,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.ui import WebDriverWait
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/"nbs"
@@ -55,13 +56,21 @@ LONGEST = ("06_importance", "05_pruning", "06b_certainty", "20_study_layers")
 
 
 def pytest_collection_modifyitems(items):
-    "Chapters first, the longest ahead, each wherever there is room; all other tests of a file in one process, since they share what was made for them."
+    "Chapters first, the longest ahead."
     def turn(item):
         if item.path.name != "test_notebooks.py": return len(LONGEST) + 1
         return next((i for i, name in enumerate(LONGEST) if f"[{name}]" in item.name), len(LONGEST))
     items.sort(key=turn)
-    for item in items:
-        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+class ByFile(LoadScopeScheduling):
+    "Each chapter wherever there is room; all tests of another file in one process, since they share what was made for them."
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return nodeid if file.endswith("test_notebooks.py") else file
+
+
+def pytest_xdist_make_scheduler(config, log): return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
