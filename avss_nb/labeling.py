@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'ANSWER', 'LABELS', 'REFUSALS', 'RULES', 'normalize_answer', 'exact_match', 'token_f1', 'rouge_l',
-           'build_prompts', 'generate_answers', 'label_answers', 'nli_judge', 'label_counts', 'rule_agreement',
-           'rule_disagreements', 'rule_quality']
+           'build_prompts', 'generate_answers', 'label_answers', 'nli_judge', 'similarity_judge', 'label_counts',
+           'rule_agreement', 'rule_disagreements', 'rule_quality']
 
 # %% ../nbs/07_labeling.ipynb #4fa1386f
 import hashlib, inspect, json, re, string, unicodedata
@@ -460,6 +460,41 @@ def nli_judge(
     def nli(question: str, answer: str, golds: list[str]) -> float: return batch([(question, answer, golds)])[0]
     nli.batch = batch
     return nli
+
+# %% ../nbs/07_labeling.ipynb #81a7e431
+def similarity_judge(
+    model: nn.Module,                     # a sentence encoder: the mean of its last states, as sentence-transformers' MiniLM
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Dataset = None,            # with `question, distractors`: the known wrong answers
+    threshold: float = 0.7,               # of the cosine between answer and nearest gold
+    batch_size: int = 64,                 # texts a forward pass
+) -> Callable:                            # a judge with `batch`: True or False
+    "A judge for `label_answers` by the meaning of sentences (our reading, after TruthfulQA's BLEURT score: nearer to a true answer than to a false one). ValueError for a model without states, or a threshold that is no cosine."
+    if not -1 <= threshold <= 1: raise ValueError(f"the threshold is a cosine, -1 to 1, not {threshold}")
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**6))
+    known = {r["question"]: list(r["distractors"]) for r in questions} if questions is not None else {}
+    def units(texts: list[str]) -> dict[str, np.ndarray]:
+        texts, found = sorted(set(texts), key=len), {}
+        for first in range(0, len(texts), batch_size):
+            part = texts[first:first + batch_size]
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(next(model.parameters()).device)
+            with torch.no_grad(): states = getattr(model(**inputs), "last_hidden_state", None)
+            if states is None: raise ValueError(f"{type(model).__name__} gives no last_hidden_state: it is no sentence encoder")
+            mean = (states.float() * inputs["attention_mask"][..., None]).sum(1)
+            found |= zip(part, (mean / mean.norm(dim=1, keepdim=True)).cpu().numpy())
+        return found
+    def batch(triples: list[tuple[str, str, list[str]]]) -> list[bool]:
+        behind = lambda q, text: f"{q} {text}"
+        rows = [(q, a, golds, known.get(q, [])) for q, a, golds in triples]
+        unit = units([t for q, a, golds, wrong in rows for text in (a, *golds, *wrong) for t in (text, behind(q, text))])
+        def nearest(a: str, texts: list[str]) -> float: return max(float(unit[a] @ unit[t]) for t in texts)
+        def right(q, a, golds, wrong):
+            if nearest(a, golds) <= threshold: return False
+            return not wrong or nearest(behind(q, a), [behind(q, g) for g in golds]) > nearest(behind(q, a), [behind(q, w) for w in wrong])
+        return [right(*row) for row in rows]
+    def similarity(question: str, answer: str, golds: list[str]) -> bool: return batch([(question, answer, golds)])[0]
+    similarity.batch = batch
+    return similarity
 
 # %% ../nbs/07_labeling.ipynb #3d54ff3d
 def _labels(answers, rules: list[str] | None) -> pd.DataFrame:

@@ -19,7 +19,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 import avss_nb.labeling as labeling
 from avss_nb.data import load_questions
 from avss_nb.labeling import (ANSWER, LABELS, REFUSALS, RULES, STYLES, build_prompts, exact_match, generate_answers, label_answers, label_counts, nli_judge,
-                              normalize_answer, rouge_l, rule_agreement, rule_disagreements, rule_quality, token_f1)
+                              normalize_answer, rouge_l, rule_agreement, rule_disagreements, rule_quality, token_f1, similarity_judge)
+from avss_nb.models import load_model
 from avss_nb.pruning import skip_layers
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
 
@@ -562,3 +563,5 @@ def test_the_rules_say_of_the_audit_what_it_holds():
         told = [row for row in rows if row["distractors"] or rule != "choice"]
         labels = dict(zip([row["id"] for row in told], label_answers(pd.DataFrame(told), rule)[rule]))
         assert audit[rule].tolist() == [labels.get(id, "") for id in audit.id], rule
+    judge = similarity_judge(*load_model("minilm-l6"), pd.DataFrame(rows).to_dict("records"))
+    assert audit.similarity.tolist() == label_answers(pd.DataFrame(rows), judge)["similarity"][:]
