@@ -17,7 +17,7 @@ from avss_nb.models import load_model
 from avss_nb.study import load_study, run_study
 
 SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48", "--heal-steps", "2"]
-TABLES = ["profile", "scores", "removal", "sensitivity", "certainty", "settled"]
+TABLES = ["profile", "scores", "removal", "sensitivity", "certainty", "settled", "answers", "prone", "detectors"]
 
 
 @pytest.fixture(scope="module")
