@@ -439,30 +439,44 @@ def _own_dice(seed: int):
         try: yield
         finally: random.setstate(python); np.random.set_state(numpy)
 
-def _train(model: PreTrainedModel, rows: torch.Tensor, teacher, arguments: TrainingArguments, rank: int, on_step, progress: bool) -> PreTrainedModel:
-    "Wrap a twin, train it, merge."
-    left_out = ["out_proj", "conv1d"] if "mamba" in model.config.model_type else None      # its kernels read these weights past any wrapper
-    shared = [(p, p.requires_grad) for m in (model, teacher) if m is not None for p in m.parameters()]
+def _arguments(folder: Path, model: PreTrainedModel, steps: int, batch_size: int, learning_rate: float, seed: int, save_every: int | None) -> TrainingArguments:
+    "What both kinds of training ask of the Trainer: a twentieth of the steps up, then a cosine down; no report, checkpoints where wanted."
+    return TrainingArguments(
+        str(folder), per_device_train_batch_size=batch_size, max_steps=steps, learning_rate=learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=steps // 20, weight_decay=0., seed=seed, data_seed=seed, use_cpu=model.device.type == "cpu",
+        save_strategy="steps" if save_every else "no", save_steps=save_every or 1, save_total_limit=2, logging_strategy="no",
+        report_to="none", disable_tqdm=True, remove_unused_columns=False)
+
+def _adapted(model: PreTrainedModel, config: LoraConfig, make: Callable, arguments: TrainingArguments, on_step=None, progress: str = None, others: Iterable[nn.Module] = ()) -> PreTrainedModel:
+    "Wrap a twin in corrections, train it with the Trainer that `make(student, told)` gives, merge; `model` and `others`, whose weights it shares, stay as they were."
+    shared = [(p, p.requires_grad) for m in (model, *others) for p in m.parameters()]
     try:
         with warnings.catch_warnings():       # peft's, of what it settles by itself
             warnings.simplefilter("ignore")
-            student = get_peft_model(_twin(model), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=left_out))
-        with tqdm(total=arguments.max_steps, desc="healing", disable=not progress) as bar:
-            def told(step: int, loss: float):
+            student = get_peft_model(_twin(model), config)
+        with tqdm(total=arguments.max_steps, desc=progress, disable=progress is None) as bar:
+            def told(step: int, loss):
                 bar.update(step + 1 - bar.n)
                 if on_step: on_step(step, loss)
-            healer = _Healer(model=student, args=arguments, train_dataset=[dict(input_ids=row) for row in rows], teacher=teacher, on_step=told)
-            healer.pop_callback(PrinterCallback)
+            trainer = make(student, told)
+            trainer.pop_callback(PrinterCallback)
             last = _last_checkpoint(Path(arguments.output_dir))
             if last and last.endswith(f"-{arguments.max_steps}"):        # finished: the Trainer would take one step more
                 set_peft_model_state_dict(student, load_file(Path(last) / "adapter_model.safetensors"))
-            else: healer.train(resume_from_checkpoint=last)
+            else: trainer.train(resume_from_checkpoint=last)
     finally:
         for p, needed in shared: p.requires_grad_(needed)
-    for layer in student.modules():           # merging writes into the weights: these become the healed model's own
+    for layer in student.modules():           # merging writes into the weights: these become the trained model's own
         if not isinstance(layer, BaseTunerLayer): continue
         for name, p in [*(base := layer.get_base_layer()).named_parameters(recurse=False)]: setattr(base, name, nn.Parameter(p.detach().clone()))
     return student.merge_and_unload().eval().requires_grad_(True)
+
+def _train(model: PreTrainedModel, rows: torch.Tensor, teacher, arguments: TrainingArguments, rank: int, on_step, progress: bool) -> PreTrainedModel:
+    "Corrections of every linear map."
+    left_out = ["out_proj", "conv1d"] if "mamba" in model.config.model_type else None      # its kernels read these weights past any wrapper
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=left_out)
+    def make(student, told): return _Healer(model=student, args=arguments, train_dataset=[dict(input_ids=row) for row in rows], teacher=teacher, on_step=told)
+    return _adapted(model, config, make, arguments, on_step, "healing" if progress else None, [] if teacher is None else [teacher])
 
 # %% ../nbs/05c_healing.ipynb #67d51046
 def heal(
@@ -492,11 +506,7 @@ def heal(
                   distilled=teacher is not None, text=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], parameters=model.num_parameters())
     with TemporaryDirectory() as spare:
         folder = claim_folder(out, recipe, "healing.json") if out else Path(spare)
-        arguments = TrainingArguments(
-            str(folder), per_device_train_batch_size=batch_size, max_steps=steps, learning_rate=learning_rate, lr_scheduler_type="cosine",
-            warmup_steps=steps // 20, weight_decay=0., seed=seed, data_seed=seed, use_cpu=model.device.type == "cpu",
-            save_strategy="steps" if out else "no", save_steps=save_every, save_total_limit=2, logging_strategy="no",
-            report_to="none", disable_tqdm=True)
+        arguments = _arguments(folder, model, steps, batch_size, learning_rate, seed, save_every if out else None)
         with _own_dice(seed): return _train(model, rows, teacher, arguments, rank, on_step, progress)
 
 # %% ../nbs/05d_cost.ipynb #f9a58199

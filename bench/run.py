@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import measure
+from avss_nb.contrastive import FrozenPrefix, contrast_rows, contrastive_tune
 from avss_nb.data import batch_rows, batches, load_questions, load_text
 from avss_nb.eavss import AnswerStats, _answer_sums, answer_stats, hallucination_profile
 from avss_nb.evaluation import option_logprobs, perplexity, row_losses, task_items, text_losses
@@ -31,8 +32,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RIVALS = ROOT/".venv-bench"
 SIZES = dict(base=(8, 1), batches=(8, 8), rows=(64, 1))   # windows a batch, batches: the second and third have eight times the tokens
-PARTS = ("overhead", "leave_one_out", "sleb", "decoding", "options", "healing", "answers", "nulls", "memory", "rivals")   # in this order
-HERE_PARTS = PARTS[:8]   # in this process
+PARTS = ("overhead", "leave_one_out", "sleb", "decoding", "options", "healing", "tuning", "answers", "nulls", "memory", "rivals")   # in this order
+HERE_PARTS = PARTS[:9]   # in this process
 SEVEN = [3, 12, 13, 14, 17, 25, 26]
 RIVAL_WORK = ("hidden_states", "captum", "nnsight_saved", "nnsight_reduced", "collect_output")   # of measure.py; the last is ours
 
@@ -151,6 +152,17 @@ def healing_step(model, data, rounds: int) -> dict:
         measure.interleaved(runs, 1)
         return dict(seconds=measure.interleaved(runs, rounds), tokens=ids.numel())
 
+def tuning_both_ways(model, tokenizer, layers: list[int], n: int, steps: int, rounds: int) -> dict:
+    "Seconds a step of contrastive training with the frozen blocks passed over and by the plain Trainer, in turn; each step's loss; seconds of the one pass through the frozen blocks."
+    questions, found = load_questions("atlas").select(range(n)), dict(layers=layers, questions=n, seconds=dict(reused=[], plain=[]), losses={})
+    with torch.enable_grad():
+        found["prefix"], prefix = timed(lambda: FrozenPrefix(model, tokenizer, contrast_rows(tokenizer, questions)[0], layers[:1]))
+        for way, reuse in [("reused", prefix), ("plain", False)] * rounds:
+            times, found["losses"][way] = [], []
+            contrastive_tune(model, tokenizer, questions, layers, steps=steps, reuse=reuse, on_step=lambda step, terms: (times.append(time.perf_counter()), found["losses"][way].append(terms["loss"])))
+            found["seconds"][way].append((times[-1] - times[0]) / (steps - 1))
+    return found
+
 def reading_answers(model, tokenizer, n: int, rounds: int) -> dict:
     "Seconds of the pass through the blocks over answers with their prompts, and of collecting the answers' statistics, interleaved."
     texts = [ids[:40 + 5 + i % 11] for i, ids in enumerate(tokenizer(load_text("pydoc", split="train", n=n)).input_ids)]   # answers of 5 to 15 tokens
@@ -192,6 +204,7 @@ def main():
                  decoding=lambda: decoding_cost(dict(whole=model, pruned=prune_layers(model, SEVEN)), n_tokens=4 if quick else 32, repeats=repeats + 2).loc["pruned"].to_dict(),
                  options=lambda: options_both_ways(model, tokenizer, 4 if quick else 64, repeats),
                  healing=lambda: healing_step(model, measure.passages(tokenizer, 4, 1, length // 2), repeats + 2),
+                 tuning=lambda: tuning_both_ways(model, tokenizer, list(range(20, 25)), 8 if quick else 48, 3 if quick else 13, 1 if quick else 3),
                  answers=lambda: reading_answers(model, tokenizer, 8 if quick else 64, rounds), nulls=lambda: profiles(*((40, 20) if quick else (1000, 1000)), repeats),
                  memory=lambda: memory(folder, length, repeats), rivals=lambda: rivals(folder, length, pairs))
     results = dict(machine=machine(), length=length, sizes=SIZES)

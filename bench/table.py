@@ -75,6 +75,14 @@ def healing_rows(results: dict) -> list[str]:
     return [row(f"A step of distillation, {found['tokens']} tokens: time over the teacher's pass, the student's and the way back", spread(over["plain"]), "–", ""),
             row("… over the same step with torch's `kl_div`", spread(over["torch"]), "–", "")]
 
+def tuning_rows(results: dict) -> list[str]:
+    found = results["tuning"]
+    faster, layers = ratios(found["seconds"]["plain"], found["seconds"]["reused"]), found["layers"]
+    saved = (median(found["seconds"]["plain"]) - median(found["seconds"]["reused"])) * found["questions"] / 4
+    return [row(f"Contrastive training of blocks {layers[0]} to {layers[-1]} of 30, the frozen ones below passed over: steps a second, times the plain Trainer's", spread(faster), *at_least(median(faster), 1.5)),
+            row("… largest relative difference of a step's loss", f"{relative(found['losses']['reused'], found['losses']['plain']):.0e}", *against(relative(found["losses"]["reused"], found["losses"]["plain"]), 1e-5, " ")),
+            row("… epochs after which the one pass through the frozen blocks is paid for", f"{found['prefix'] / saved:.1f}", "–", "")]
+
 def answers_rows(results: dict) -> list[str]:
     read, nulls = results["answers"], results["nulls"]
     over, size = ratios(read["seconds"]["collect"], read["seconds"]["forward"]), f"{nulls['answers']:,} answers × 30 layers × 2 points, {nulls['times']:,} permutations and {nulls['times']:,} bootstrap samples"
@@ -103,7 +111,7 @@ SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding
 `collect_stats` at two reading points (`output`, `relative_update`): float64 sums and the histogram.
 
 {head("measured", "figure", "bar", "met")}
-{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results) + decoding_rows(results) + options_rows(results) + healing_rows(results) + answers_rows(results))}
+{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results) + decoding_rows(results) + options_rows(results) + healing_rows(results) + tuning_rows(results) + answers_rows(results))}
 
 ## Beside other libraries
 

@@ -21,6 +21,7 @@ def results() -> dict:
                 sleb=dict(seconds=dict(raced=20., naive=50.), chosen=dict(raced=[1, 2], naive=[1, 3]), perplexity=dict(raced=10.05, naive=10.), tokens=1024),
                 decoding=dict(speedup=1.2, ideal=1.25, of_ideal=.96), options=dict(seconds=dict(ours=[1., 2.], lm_eval=[3., 6.]), apart=2e-5, questions=64),
                 healing=dict(seconds=dict(ours=[3., 3.], plain=[2., 2.], torch=[4., 4.]), tokens=512),
+                tuning=dict(seconds=dict(plain=[2., 3., 2.], reused=[1., 1., 2.]), losses=dict(plain=[2., 1.], reused=[2., 1.00002]), layers=[20, 21, 22], questions=48, prefix=24.),
                 answers=dict(seconds=dict(forward=[1., 2., 1.], collect=[1.1, 2.4, 1.12]), answers=64, tokens=3000), nulls={"None": [1., 1.5, 2.], "question": [6., 6., 5.]} | dict(answers=1000, times=1000),
                 rivals=dict(hidden_states=rival | dict(variance=[1., 2., 1.]), captum=dict(error="ImportError: no captum"), collect_output=rival))
 
@@ -39,6 +40,8 @@ def test_every_figure_stands_beside_its_bar(results):
     assert figures["Decoding without 7 of 30 blocks: speed-up over the whole model, as a part of the ideal (ratio of the parameters)"] == ["0.960 (1.200 of 1.250)", "≥ 0.95", "yes"]
     assert figures["Likelihoods of the options of 64 atlas questions: times faster than lm-eval, its set-up included"] == ["3.000 (3.000 to 3.000)", "≥ 1", "yes"]
     assert figures["… over the same step with torch's `kl_div`"][0] == "0.750 (0.750 to 0.750)"
+    assert figures["Contrastive training of blocks 20 to 22 of 30, the frozen ones below passed over: steps a second, times the plain Trainer's"] == ["2.000 (1.000 to 3.000)", "≥ 1.5", "yes"]
+    assert figures["… largest relative difference of a step's loss"] == ["2e-05", "≤ 1e-05", "**no**"] and figures["… epochs after which the one pass through the frozen blocks is paid for"][0] == "2.0"
     assert figures["Time of `answer_stats` over the pass through the blocks alone, 64 answers, 3,000 tokens with their prompts"] == ["1.120 (1.100 to 1.200)", "≤ 1.15", "yes"]
     size = "of 1,000 answers × 30 layers × 2 points, 1,000 permutations and 1,000 bootstrap samples"
     assert figures[f"Profile {size}"] == ["1.50 s", "≤ 5 s", "yes"] and figures[f"Paired profile {size}"] == ["6.00 s", "≤ 5 s", "**no**"]
