@@ -89,7 +89,6 @@ def _penalized(scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | Non
     for k, last in enumerate(at.tolist()): seen[:, k].scatter_reduce_(1, ids[:, :last + 1], mask[:, :last + 1], "amax")
     return torch.where(seen > 0, worse, scores)
 
-# %% ../nbs/11_decoding.ipynb #3ee7b4e9
 class _Contrast:
     "A forward hook that puts contrasted scores in the place of a model's logits."
     def __init__(self, model, layers, alpha, penalty, outside):
@@ -101,7 +100,7 @@ class _Contrast:
     def check(self, model, final: torch.Tensor, kept):
         "Once: what is read out after the last block is what the model says."
         if not self.checked and not torch.allclose(self.exit(model, self.last, kept), final, rtol=.01, atol=.05):
-            raise ValueError(f"the logits of {type(model).__name__} cannot be read out of its blocks: its norm and head say something else after the last one")
+            raise ValueError(f"the logits of {type(model).__name__} are not what its norm and head make of its last block: they cannot be read out of an earlier one")
         self.checked = True
     def __call__(self, model, args, kwargs, out):
         kept = kwargs.get("logits_to_keep", 0)

@@ -143,7 +143,7 @@ def test_hooks_are_gone_after_an_exception():
 def test_a_model_that_cannot_be_read_out():
     model = model_of("llama")
     handle = model.register_forward_hook(lambda m, a, out: out.__setitem__("logits", out.logits.flip(-1)))
-    with pytest.raises(ValueError, match="cannot be read out"):
+    with pytest.raises(ValueError, match="cannot be read out of an earlier one"):
         with layer_contrast(model, 1), torch.no_grad(): model(torch.tensor([[5, 6, 7]]))
     handle.remove()
     assert not model._forward_hooks
