@@ -441,7 +441,7 @@ def contrastive_score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, answ
     "One less the mean cosine over these layers: higher = more suspicious. Options and errors of `contrastive_cosines`."
     return (1 - contrastive_cosines(model, tokenizer, answers, layers, **options).mean(axis=1)).rename("contrastive")
 
-# %% ../nbs/10b_arms.ipynb #8385abde
+# %% ../nbs/10b_arms.ipynb #b3b3f153
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -450,7 +450,7 @@ from .detection import _first
 from .evaluation import average_precision, classify, multiple_choice, option_logprobs, reciprocal_rank, text_losses
 from .labeling import _no_answer, exact_match, generate_answers, label_answers, token_f1
 
-# %% ../nbs/10b_arms.ipynb #50091abc
+# %% ../nbs/10b_arms.ipynb #38a79c28
 def choose_arms(
     scores: pd.Series,      # per layer, the larger the more prone: |EAVSS| from `hallucination_profile`
     k: int = 5,             # blocks an arm
@@ -468,7 +468,7 @@ def choose_arms(
             "last": [arm(range(n - k, n))], "middle": [arm(range(middle, middle + k))], "all": [arm(range(n), rank=max(1, round(rank * k / n)))],
             "language-model term alone": [arm(top, objective=None)], "contrast alone": [arm(top, lm_weight=0.)], "untouched": None}
 
-# %% ../nbs/10b_arms.ipynb #79cc5cef
+# %% ../nbs/10b_arms.ipynb #7479682a
 def choice_items(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Dataset, template: str = "Question: {question}\nAnswer:", best_only: bool = True) -> pd.DataFrame:
     """Per question with distractors: `mc1, mc2, mc3`, `ahead` (nats of the first right answer over the likeliest wrong one), `confidence` of the likeliest option, `map`, `mrr` (options ranked by the mean log-probability of their
     tokens); index `item`, the question's number. `best_only`: the first right answer alone stands for the right ones."""
@@ -492,7 +492,7 @@ def answer_items(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions
     return pd.DataFrame(dict(right=label.eq("right"), wrong=label.eq("wrong"), silent=label.isin(["empty", "refused"]), em=[exact_match(*p) for p in pairs], f1=[token_f1(*p) for p in pairs],
                              length=[len(t) for t in answers["answer_tokens"]]), dtype=float).rename_axis("item")
 
-# %% ../nbs/10b_arms.ipynb #83c035b7
+# %% ../nbs/10b_arms.ipynb #907ce9d8
 def held_out_items(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -517,7 +517,7 @@ def held_out_items(
         tables.append(losses.rename_axis("item").reset_index().rename(columns=dict(nll="value")).assign(set="text", measure="perplexity"))
     return pd.concat(tables).set_index(["set", "measure"])[["item", "value", "tokens"]]
 
-# %% ../nbs/10b_arms.ipynb #9ed030a6
+# %% ../nbs/10b_arms.ipynb #3811e69c
 def _runs(arms: dict, seeds: list[int], options: dict, n_layers: int) -> dict[tuple[str, str], dict | None]:
     "(arm, run) -> options of the training, None for none; ValueError for an arm with more blocks than there are."
     runs = {}
@@ -557,7 +557,7 @@ def run_arms(
         if folder: shutil.rmtree(folder, ignore_errors=True)
     return pd.concat(found, names=["arm", "run"])
 
-# %% ../nbs/10b_arms.ipynb #6ef3b277
+# %% ../nbs/10b_arms.ipynb #ef133143
 _BINS = 10
 
 def _parts(items: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -612,7 +612,7 @@ def _gains(values: np.ndarray, base: np.ndarray, level: float) -> dict:
     return dict(value=values[0], low=low, high=high, gain=values[0] - base[0], gain_low=gain_low, gain_high=gain_high,
                 relative=(values[0] - base[0]) / base[0] if base[0] else np.nan, detectable=2.8 * (values - base)[1:].std())
 
-# %% ../nbs/10b_arms.ipynb #5562bad0
+# %% ../nbs/10b_arms.ipynb #a9cdcd7c
 def plot_arms(
     table: pd.DataFrame,      # from `compare_arms`
     measures: list[tuple[str, str]],   # (set, measure) of each panel
