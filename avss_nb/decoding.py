@@ -100,7 +100,7 @@ class _Contrast:
     def check(self, model, final: torch.Tensor, kept):
         "Once: what is read out after the last block is what the model says."
         if not self.checked and not torch.allclose(self.exit(model, self.last, kept), final, rtol=.01, atol=.05):
-            raise ValueError(f"the logits of {type(model).__name__} are not what its norm and head make of its last block: they cannot be read out of an earlier one")
+            raise ValueError(f"{type(model).__name__} cannot be read out of an earlier block: its logits are not what norm and head make of the last one")
         self.checked = True
     def __call__(self, model, args, kwargs, out):
         kept = kwargs.get("logits_to_keep", 0)
@@ -140,7 +140,7 @@ def layer_contrast(
 ):
     """Context manager: inside, the model's logits are log p − log q of its last and an earlier block (DoLa, arXiv 2309.03883). ValueError for layers,
     settings or a model that cannot be contrasted."""
-    if not is_causal(model) or model.config.is_encoder_decoder: raise ValueError(f"{type(model).__name__} is no causal decoder: layers are contrasted in decoder-only models")
+    if not is_causal(model) or model.config.is_encoder_decoder: raise ValueError(f"{type(model).__name__} is no causal decoder: no layers to contrast")
     layers = _premature(model, layers)
     if not 0 <= alpha <= 1: raise ValueError(f"alpha lies between 0 and 1, not {alpha}")
     if not repetition_penalty > 0: raise ValueError(f"repetition_penalty is above 0 (1: none), not {repetition_penalty}")
@@ -290,9 +290,10 @@ def held_out_risk(
     fitted: dict[str, Detector] = None,    # detectors that learn from one half of the first half
     seeds: Iterable[int] = range(100),     # of the halves
     **options,                             # of `abstain`
-) -> tuple[pd.DataFrame, pd.DataFrame]:    # a row a score: `coverage`, `risk` (of all given), `broken`, `silent` (shares of halves); (answers, scores): how often given
-    """What thresholds learned on one half of the questions do on the other. `broken`: share of halves where the answers given were wrong more often
-    than `risk`, which happens in a finite half also to a threshold that keeps its promise; `silent`: where none is given. Errors as in `abstain`."""
+) -> tuple[pd.DataFrame, pd.DataFrame]:    # a row a score: `coverage, risk, broken, silent`; (answers, scores): how often each was given
+    """What thresholds learned on one half of the questions do on the other. `risk`: of all answers given in all halves; `broken`: share of halves where
+    the answers given were wrong more often than asked for, which happens in a finite half also to a threshold that keeps its promise;
+    `silent`: where none is given. Errors as in `abstain`."""
     wrong, kept = _judged(labels)
     groups = pd.factorize(pd.Series(range(len(wrong)) if groups is None else list(groups)))[0]
     for name, n in dict(scores=len(scores), groups=len(groups)).items():

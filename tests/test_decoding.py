@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats as sps
 
-from avss_nb.decoding import (_penalized, abstain, contrast, contrast_candidates, exit_logits, gain_table, held_out_risk, jensen_shannon, layer_contrast, layer_contrast_generate,
+import avss_nb.decoding as decoding
+from avss_nb.decoding import (_given, _penalized, abstain, contrast, contrast_candidates, exit_logits, gain_table, held_out_risk, jensen_shannon, layer_contrast, layer_contrast_generate,
                               majority_vote, rerank)
 from avss_nb.evaluation import _cache_name, _cache_of, option_logprobs
 from avss_nb.hooks import model_inputs, read_activations
@@ -143,7 +144,7 @@ def test_hooks_are_gone_after_an_exception():
 def test_a_model_that_cannot_be_read_out():
     model = model_of("llama")
     handle = model.register_forward_hook(lambda m, a, out: out.__setitem__("logits", out.logits.flip(-1)))
-    with pytest.raises(ValueError, match="cannot be read out of an earlier one"):
+    with pytest.raises(ValueError, match="cannot be read out of an earlier block"):
         with layer_contrast(model, 1), torch.no_grad(): model(torch.tensor([[5, 6, 7]]))
     handle.remove()
     assert not model._forward_hooks
@@ -226,7 +227,7 @@ def test_gain_is_paired():
 
 # ---- abstain
 
-RISKS = dict(honest=lambda s: s, steep=lambda s: s > .4, overconfident=lambda s: np.where(s < .1, .8, s), useless=lambda s: np.full_like(s, .5), ties=lambda s: s)
+RISKS = dict(honest=lambda s: s, steep=lambda s: s > .4, overconfident=lambda s: np.where(s < .1, .8, s), useless=lambda s: np.full_like(s, .5), borderline=lambda s: np.full_like(s, .301), ties=lambda s: s)
 FINE = (np.arange(10_000) + .5) / 10_000
 
 
@@ -246,6 +247,14 @@ def test_the_promise_is_kept(kind, confidence, grid):
         below = all_s < rule.threshold
         broken += below.any() and RISKS[kind](all_s[below]).mean() > risk
     assert sps.binomtest(broken, n, 1 - confidence, alternative="greater").pvalue > .001, broken / n
+
+
+def test_the_first_failure_ends_it():
+    "What would pass again behind it is not looked at."
+    wrong = np.zeros(400, bool)
+    wrong[30:60] = True
+    assert sps.binomtest(30, 400, .3, alternative="less").pvalue < 1e-9
+    for grid in (None, [20, 30, 60, 200, 400]): assert 0 < abstain(np.arange(400.), wrong, .3, grid=grid).coverage < .1
 
 
 def test_a_good_score_is_used():
@@ -292,3 +301,20 @@ def test_held_out_halves():
     assert .2 < table.coverage.good < .5 and table.risk.good < .3 and table.broken.good < .3 and table.silent.useless > .8
     assert given.shape == (400, 2) and given.good[s < .1].mean() > .8 > .1 > given.good[s > .8].mean()
     with pytest.raises(ValueError, match="400 labels, and 3 groups"): held_out_risk(pd.DataFrame(dict(good=s)), wrong, .3, groups=[1, 2, 3])
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_no_question_in_two_parts(learns, monkeypatch):
+    "Learned from, calibrated on, tested on: each answer once, and all answers to a question together."
+    groups, seen = np.repeat(np.arange(60), 2), {}
+    def detector(learn, rows):
+        seen["learn"] = learn
+        return rows.astype(float)
+    def watch(scores, labels, **options):
+        seen["known"] = scores.astype(int)
+        return abstain(scores, labels, **options)
+    monkeypatch.setattr(decoding, "abstain", watch)
+    for seed in range(5):
+        said = _given(detector if learns else np.arange(120.), np.arange(120) % 2 == 0, np.arange(120) > 3, groups, seed, risk=.3)
+        parts = [set(groups[rows]) for rows in (seen.get("learn", np.array([], int)), seen["known"], np.flatnonzero(np.isfinite(said)))]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 58 and len(parts[2]) in (28, 29, 30) and (len(parts[0]) > 10) == learns
