@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'OBJECTIVES', 'info_nce', 'triplet_loss', 'prototype_loss', 'likelihood_contrast', 'own_wrong_answers', 'contrast_rows', 'contrast_losses', 'FrozenPrefix', 'contrastive_tune', 'contrastive_cosines', 'contrastive_score', 'choose_arms', 'choice_items', 'answer_items', 'held_out_items', 'run_arms', 'compare_arms', 'plot_arms']
 
-# %% ../nbs/10_contrastive.ipynb #b9bfc86f
+# %% ../nbs/10_contrastive.ipynb #a08fd8aa
 import hashlib, inspect, json, shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ from .hooks import _hidden, _input, model_inputs
 from .models import blocks
 from .pruning import PassThrough, _adapted, _arguments, _in_place_of, _last_checkpoint, _own_dice, check_layers
 
-# %% ../nbs/10_contrastive.ipynb #e7024242
+# %% ../nbs/10_contrastive.ipynb #68b01944
 def _similarities(anchor: torch.Tensor, positive: torch.Tensor, negatives: torch.Tensor = None, keep: torch.Tensor = None,
                   groups: torch.Tensor = None, in_batch: bool = None) -> torch.Tensor:
     "(B, 1 + N) cosines of the anchors with their positive, then with their negatives; −inf where there is none. ValueError for shapes that do not fit."
@@ -61,7 +61,7 @@ def info_nce(
     scaled = _similarities(anchor, positive, negatives, keep, groups, in_batch) / temperature
     return (scaled.logsumexp(1) - scaled[:, 0]).mean()
 
-# %% ../nbs/10_contrastive.ipynb #6f3ea613
+# %% ../nbs/10_contrastive.ipynb #7015328e
 def triplet_loss(
     anchor: torch.Tensor,               # (B, D)
     positive: torch.Tensor,             # (B, D)
@@ -77,7 +77,7 @@ def triplet_loss(
     there = found[:, 1:].isfinite()
     return (margin + found[:, 1:].masked_fill(~there, -9.) - found[:, :1]).clamp_min(0).sum() / there.sum().clamp_min(1)
 
-# %% ../nbs/10_contrastive.ipynb #737313c2
+# %% ../nbs/10_contrastive.ipynb #aefb7c5f
 def prototype_loss(
     states: torch.Tensor,              # (N, D), of answers
     classes: torch.Tensor,             # (N,) whole numbers from 0: 0 right, 1 wrong
@@ -94,7 +94,7 @@ def prototype_loss(
     elif classes.max() >= len(prototypes): raise ValueError(f"class {int(classes.max())} has no prototype: there are {len(prototypes)}")
     return F.cross_entropy(r @ F.normalize(prototypes.float(), dim=-1).T / temperature, classes)
 
-# %% ../nbs/10_contrastive.ipynb #d48f406d
+# %% ../nbs/10_contrastive.ipynb #09c76e3e
 def likelihood_contrast(
     logprobs: torch.Tensor,       # (B, 1 + K): log-probability of the right answer, then of wrong ones; nats, summed over tokens
     keep: torch.Tensor = None,    # (B, K) bool: which wrong ones are there
@@ -106,7 +106,7 @@ def likelihood_contrast(
     if keep is not None: scaled = torch.cat([scaled[:, :1], scaled[:, 1:].masked_fill(~keep, -torch.inf)], 1)
     return (scaled.logsumexp(1) - scaled[:, 0]).mean()
 
-# %% ../nbs/10_contrastive.ipynb #95647aa9
+# %% ../nbs/10_contrastive.ipynb #aea31ae2
 def own_wrong_answers(
     questions: Dataset,        # `id, question, answers, distractors, …`
     answers: Dataset,          # the model's own, from `generate_answers`, with labels
@@ -144,7 +144,7 @@ def contrast_rows(
             rows.append(dict(question=number, gold=answer is q["answers"][0], prompt=ids[:start], answer=ids[start:]))
     return rows, dict(counts)
 
-# %% ../nbs/10_contrastive.ipynb #24045988
+# %% ../nbs/10_contrastive.ipynb #ae2e0324
 def _aligned(rows: list[dict], pad_id: int) -> dict:
     "(R, P + A) tensors in which all answers begin at column P; `length` (R,) of the answers, `width` A; `gold` (B,), `wrong` (B, K) row numbers, `keep` (B, K)."
     P, A = (max(len(r[part]) for r in rows) for part in ("prompt", "answer"))
@@ -161,7 +161,7 @@ def _aligned(rows: list[dict], pad_id: int) -> dict:
     return dict(input_ids=ids, attention_mask=mask, length=torch.tensor([len(r["answer"]) for r in rows]), width=A,
                 gold=torch.tensor([own[0] for own in by_question.values()]), wrong=wrong, keep=keep)
 
-# %% ../nbs/10_contrastive.ipynb #1b6c6ef9
+# %% ../nbs/10_contrastive.ipynb #5234aace
 def _own_scale(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (y - x).float() / x.float().square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -172,6 +172,14 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     "The model itself, inside what peft and several processes wrap around it."
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+@contextmanager
+def _in_one_piece(head: nn.Module | None):
+    "Inside, the head gets its columns side by side in memory: for a slice torch multiplies row by row, at three times the cost."
+    hook = head and head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
+    try: yield
+    finally:
+        if hook: hook.remove()
 
 def _few_logits(model: nn.Module, n: int) -> dict:
     "Ask for the last n positions' logits alone, where a model can be asked."
@@ -199,12 +207,12 @@ def _pooled(states: torch.Tensor, batch: dict, pooling: str) -> tuple[torch.Tens
 def _answer_logprobs(model: nn.Module, batch: dict) -> torch.Tensor:
     "(R, A) log-probabilities of the answers' tokens, 0 behind their end."
     A, base = batch["width"], _unwrapped(model)
-    logits = model(**model_inputs(base, batch), **_few_logits(base, A + 1)).logits[:, -A - 1:-1].float()
+    with _in_one_piece(base.get_output_embeddings()): logits = model(**model_inputs(base, batch), **_few_logits(base, A + 1)).logits[:, -A - 1:-1].float()
     target = batch["input_ids"][:, -A:].to(logits.device)
     logprobs = -F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
     return logprobs * (torch.arange(A, device=logits.device) < batch["length"].to(logits.device)[:, None])
 
-# %% ../nbs/10_contrastive.ipynb #6f221592
+# %% ../nbs/10_contrastive.ipynb #418da793
 OBJECTIVES = ("info_nce", "triplet", "prototype", "likelihood")
 
 def contrast_losses(
@@ -237,7 +245,7 @@ def _contrast(objective, prompts, answers, gold, wrong, keep, temperature, margi
     args = prompts[gold], answers[gold], answers[wrong]
     return info_nce(*args, temperature, keep) if objective == "info_nce" else triplet_loss(*args, margin, keep)
 
-# %% ../nbs/10_contrastive.ipynb #6baffc2b
+# %% ../nbs/10_contrastive.ipynb #82af5afe
 @contextmanager
 def _entering(model: nn.Module, layers: Iterable[int]):
     "Inside, a dict gets what enters each of these blocks."
@@ -275,7 +283,7 @@ class FrozenPrefix:
                         self.states[f][self.start[i]:self.start[i + 1]] = row[:m.sum()]
     def __call__(self, first: int, row: int) -> torch.Tensor: return self.states[first][self.start[row]:self.start[row + 1]]
 
-# %% ../nbs/10_contrastive.ipynb #6f39e840
+# %% ../nbs/10_contrastive.ipynb #5ea60063
 class _Tuner(Trainer):
     "A Trainer with the two terms; blocks below the lowest trained one are passed over where their states are known."
     def __init__(self, *args, terms: Callable, lm_weight: float, contrast_weight: float, on_step: Callable = None, **kwargs):
@@ -308,7 +316,7 @@ class _FiniteSteps(TrainerCallback):
         if not all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None):
             raise FloatingPointError(f"the gradient of step {state.global_step} is not finite: try a smaller learning_rate")
 
-# %% ../nbs/10_contrastive.ipynb #66108aee
+# %% ../nbs/10_contrastive.ipynb #c63f54a8
 def _targets(model: nn.Module, layers: list[int], targets: Iterable[str] | None) -> list[str]:
     "Names of the linear maps of these blocks; ValueError for one that is not there."
     linear = {name for layer in layers for name, m in blocks(model)[layer].named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
@@ -341,7 +349,7 @@ class _ByQuestion:
         hidden[mask] = torch.cat([self.prefix(self.first, i) for i in numbers])
         return batch | dict(hidden=hidden, first=self.first)
 
-# %% ../nbs/10_contrastive.ipynb #f9fb66b3
+# %% ../nbs/10_contrastive.ipynb #106d753e
 def _prefix(reuse, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict], first: int, progress: bool) -> FrozenPrefix | None:
     "The prefix that is given, or a new one; ValueError where the one given is of other rows."
     if not isinstance(reuse, FrozenPrefix): return FrozenPrefix(model, tokenizer, rows, [first], progress=progress) if reuse and first else None
@@ -415,7 +423,7 @@ def contrastive_tune(
                                                terms=terms, lm_weight=lm_weight, contrast_weight=contrast_weight, on_step=told)
         with _own_dice(seed): return _adapted(model, config, make, arguments, on_step, "training" if progress else None)
 
-# %% ../nbs/10_contrastive.ipynb #0c5b92d9
+# %% ../nbs/10_contrastive.ipynb #a98585ce
 def contrastive_cosines(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -441,7 +449,7 @@ def contrastive_score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, answ
     "One less the mean cosine over these layers: higher = more suspicious. Options and errors of `contrastive_cosines`."
     return (1 - contrastive_cosines(model, tokenizer, answers, layers, **options).mean(axis=1)).rename("contrastive")
 
-# %% ../nbs/10b_arms.ipynb #0bebb0cb
+# %% ../nbs/10b_arms.ipynb #d33edc46
 import matplotlib.pyplot as plt
 import pandas as pd
 
@@ -450,7 +458,7 @@ from .detection import _first
 from .evaluation import average_precision, classify, multiple_choice, option_logprobs, reciprocal_rank, text_losses
 from .labeling import _no_answer, exact_match, generate_answers, label_answers, token_f1
 
-# %% ../nbs/10b_arms.ipynb #7a05d590
+# %% ../nbs/10b_arms.ipynb #75556036
 def choose_arms(
     scores: pd.Series,      # per layer, the larger the more prone: |EAVSS| from `hallucination_profile`
     k: int = 5,             # blocks an arm
@@ -468,7 +476,7 @@ def choose_arms(
             "last": [arm(range(n - k, n))], "middle": [arm(range(middle, middle + k))], "all": [arm(range(n), rank=max(1, round(rank * k / n)))],
             "language-model term alone": [arm(top, objective=None)], "contrast alone": [arm(top, lm_weight=0.)], "untouched": None}
 
-# %% ../nbs/10b_arms.ipynb #fe757d65
+# %% ../nbs/10b_arms.ipynb #c90610ac
 def choice_items(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Dataset, template: str = "Question: {question}\nAnswer:", best_only: bool = True) -> pd.DataFrame:
     """Per question with distractors: `mc1, mc2, mc3`, `ahead` (nats of the first right answer over the likeliest wrong one), `confidence` of the likeliest option, `map`, `mrr` (options ranked by the mean log-probability of their
     tokens); index `item`, the question's number. `best_only`: the first right answer alone stands for the right ones."""
@@ -492,7 +500,7 @@ def answer_items(model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions
     return pd.DataFrame(dict(right=label.eq("right"), wrong=label.eq("wrong"), silent=label.isin(["empty", "refused"]), em=[exact_match(*p) for p in pairs], f1=[token_f1(*p) for p in pairs],
                              length=[len(t) for t in answers["answer_tokens"]]), dtype=float).rename_axis("item")
 
-# %% ../nbs/10b_arms.ipynb #71148d28
+# %% ../nbs/10b_arms.ipynb #6ebdb28d
 def held_out_items(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -517,7 +525,7 @@ def held_out_items(
         tables.append(losses.rename_axis("item").reset_index().rename(columns=dict(nll="value")).assign(set="text", measure="perplexity"))
     return pd.concat(tables).set_index(["set", "measure"])[["item", "value", "tokens"]]
 
-# %% ../nbs/10b_arms.ipynb #aacf7f6d
+# %% ../nbs/10b_arms.ipynb #1f73320f
 def _runs(arms: dict, seeds: list[int], options: dict, n_layers: int) -> dict[tuple[str, str], dict | None]:
     "(arm, run) -> options of the training, None for none; ValueError for an arm with more blocks than there are."
     runs = {}
@@ -557,7 +565,7 @@ def run_arms(
         if folder: shutil.rmtree(folder, ignore_errors=True)
     return pd.concat(found, names=["arm", "run"])
 
-# %% ../nbs/10b_arms.ipynb #4981f6a1
+# %% ../nbs/10b_arms.ipynb #c5a1a227
 _BINS = 10
 
 def _parts(items: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -612,7 +620,7 @@ def _gains(values: np.ndarray, base: np.ndarray, level: float) -> dict:
     return dict(value=values[0], low=low, high=high, gain=values[0] - base[0], gain_low=gain_low, gain_high=gain_high,
                 relative=(values[0] - base[0]) / base[0] if base[0] else np.nan, detectable=2.8 * (values - base)[1:].std())
 
-# %% ../nbs/10b_arms.ipynb #8ff6beaa
+# %% ../nbs/10b_arms.ipynb #4e00a91f
 def plot_arms(
     table: pd.DataFrame,      # from `compare_arms`
     measures: list[tuple[str, str]],   # (set, measure) of each panel
