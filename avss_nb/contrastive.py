@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from .data import QUESTION, batch_rows, claim_folder, distractor_kinds
 from .evaluation import _of, is_causal
-from .hooks import _hidden, _input, model_inputs
+from .hooks import _hidden, _input, model_inputs, read_activations
 from .models import blocks
 from .pruning import PassThrough, _adapted, _arguments, _in_place_of, _last_checkpoint, _own_dice, check_layers
 
@@ -246,17 +246,6 @@ def _contrast(objective, prompts, answers, gold, wrong, keep, temperature, margi
     return info_nce(*args, temperature, keep) if objective == "info_nce" else triplet_loss(*args, margin, keep)
 
 # %% ../nbs/10_contrastive.ipynb #82af5afe
-@contextmanager
-def _entering(model: nn.Module, layers: Iterable[int]):
-    "Inside, a dict gets what enters each of these blocks."
-    found, handles = {}, []
-    def put(layer): return lambda block, args, kwargs: found.update({layer: _input(args, kwargs).detach()})
-    try:
-        for layer in layers: handles.append(blocks(model)[layer].register_forward_pre_hook(put(layer), with_kwargs=True))
-        yield found
-    finally:
-        for handle in handles: handle.remove()
-
 def _rows_key(rows: list[dict]) -> str: return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 class FrozenPrefix:
@@ -275,12 +264,11 @@ class FrozenPrefix:
     def _run(self, model, batches, progress):
         pile = blocks(model)
         above = {i: PassThrough(pile[i]) for i in range(max(self.states), len(pile))}
-        with _in_place_of(model, above), torch.no_grad():
-            for batch in tqdm(batches, desc="frozen blocks", disable=not progress):
-                with _entering(model, self.states) as found: model(**model_inputs(model, batch), **_few_logits(model, 1))
-                for f, x in found.items():
-                    for i, row, m in zip(batch["index"].tolist(), x.cpu(), batch["attention_mask"]):
-                        self.states[f][self.start[i]:self.start[i + 1]] = row[:m.sum()]
+        def keep(layer: int, point: str, x: torch.Tensor):
+            if layer not in self.states: return
+            for i, row, m in zip(batch["index"].tolist(), x.cpu(), batch["attention_mask"]): self.states[layer][self.start[i]:self.start[i + 1]] = row[:m.sum()]
+        with _in_place_of(model, above), torch.no_grad(), read_activations(model, "input", keep):
+            for batch in tqdm(batches, desc="frozen blocks", disable=not progress): model(**model_inputs(model, batch), **_few_logits(model, 1))
     def __call__(self, first: int, row: int) -> torch.Tensor: return self.states[first][self.start[row]:self.start[row + 1]]
 
 # %% ../nbs/10_contrastive.ipynb #5ea60063
