@@ -163,7 +163,8 @@ def _aligned(rows: list[dict], pad_id: int) -> dict:
 
 # %% ../nbs/10_contrastive.ipynb #5234aace
 def _own_scale(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (y - x).float() / x.float().square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    size = x.float().square().mean(-1, keepdim=True)
+    return (y - x).float() / size.where(size > 0, 1.).sqrt()          # in padding behind a frozen prefix x is 0
 
 _POINTS = dict(output=lambda x, y: y, update=lambda x, y: y - x, relative_update=_own_scale)
 POOLINGS = ("mean", "last")

@@ -159,7 +159,7 @@ def option_logprobs(
         logp, cache = _after_prompts(model, batch)
         row = here.prefix.map({prefix: row for row, prefix in enumerate(batch["index"].tolist())})
         found[here.index] = logp[row.tolist(), [t[0] for t in here.target]].double().numpy()
-        longer = here[here.tokens > 1]
+        longer = here[here.tokens > 1].sort_values("tokens", kind="stable")          # little padding
         for first in range(0, len(longer), batch_size):
             part = longer[first:first + batch_size]
             behind = (_behind_cache(model, cache, batch, row[part.index].tolist(), part.target) if cache is not None else

@@ -146,12 +146,12 @@ def test_losses_do_not_depend_on_the_other_questions_of_the_batch(objective):
     torch.testing.assert_close(together["lm"], sum(k * t["lm"] for k, t in zip(sizes, apart)) / sum(sizes), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", STATELESS)
-def test_passing_over_the_frozen_blocks_changes_no_loss_and_no_weight(family):
+@pytest.mark.parametrize("family, point", [*((family, "output") for family in STATELESS), ("llama", "update"), ("llama", "relative_update"), ("gpt2", "relative_update")])
+def test_passing_over_the_frozen_blocks_changes_no_loss_and_no_weight(family, point):
     model, losses, after = tiny(family), {}, {}
     for reuse in (True, False):
         losses[reuse] = []
-        after[reuse] = tuned(model, [3, 4], reuse=reuse, objective="info_nce", on_step=lambda step, terms: losses[reuse].append(terms["loss"]))
+        after[reuse] = tuned(model, [3, 4], reuse=reuse, objective="info_nce", point=point, on_step=lambda step, terms: losses[reuse].append(terms["loss"]))
     np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)
     for p, q in zip(after[True].parameters(), after[False].parameters(), strict=True): torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
