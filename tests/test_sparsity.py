@@ -15,7 +15,7 @@ from avss_nb.metrics import N_BINS, LayerStats, magnitude_bins
 from avss_nb.models import blocks, load_model
 from avss_nb.pruning import measure_removal, paired_difference, skip_layers
 from avss_nb.sparsity import (_MOST, RULES, SparseLinear, _column_product, _make_dense, _make_sparse, _random_mask, _sizes, _spectrum, acttail_plan, calibrate_thresholds, greedy_plan, hill_exponent, load_sparse, make_sparse,
-                              mean_sparsity, measure_plans, projection_stats, projections, quantile, realised_sparsity, recalibrate, sparsify, top_k, uniform_plan, weight_exponents)
+                              mean_sparsity, measure_plans, projection_stats, projections, quantile, realised_sparsity, sparsify, top_k, uniform_plan, weight_exponents)
 from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
