@@ -130,7 +130,7 @@ def calibrate_thresholds(
         found.loc[some, name] = quantile(hist, plan.loc[some, name].to_numpy())
     return found
 
-# %% ../nbs/12_sparsity.ipynb #d9b0d863
+# %% ../nbs/12_sparsity.ipynb #75e123a5
 def top_k(
     x: torch.Tensor,   # (..., n)
     k: int,            # how many are kept of each last dimension
@@ -147,7 +147,7 @@ def _random_mask(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     "A share of the inputs set to zero by lot, whatever they are: the control."
     return torch.where(torch.rand(x.shape, generator=torch.Generator(x.device).manual_seed(seed), device=x.device) >= share, x, 0)
 
-# %% ../nbs/12_sparsity.ipynb #a3ddd5df
+# %% ../nbs/12_sparsity.ipynb #2fb5b8e5
 RULES = ("threshold", "top_k", "random")
 
 class SparseLinear:
@@ -174,7 +174,7 @@ def _make_dense(linear: nn.Module):
     linear.__class__ = type(linear).__mro__[2]
     for name in ("rule", "value", "seed", "calls", "by_column"): delattr(linear, name)
 
-# %% ../nbs/12_sparsity.ipynb #5f3b8521
+# %% ../nbs/12_sparsity.ipynb #e5b17303
 def _values(model: nn.Module, plan: pd.DataFrame | float, rule: str, stats: LayerStats | None) -> list[dict[str, float]]:
     "What each layer's projections get: thresholds, numbers kept or shares; those of sparsity 0 are left out."
     if rule not in RULES: raise ValueError(f"unknown rule {rule!r}: known are {', '.join(RULES)}")
@@ -213,7 +213,7 @@ def sparsify(
     "Context manager: inside, the model's projections see a part of their inputs. ValueError for a plan that does not fit, or a layer that was not calibrated."
     return _sparse_inside(model, _values(model, plan, rule, stats), rule, seed)
 
-# %% ../nbs/12_sparsity.ipynb #c38569c2
+# %% ../nbs/12_sparsity.ipynb #4cddda94
 def realised_sparsity(model: nn.Module, batches: Iterable[dict]) -> pd.DataFrame:   # as a plan
     "The share of zeros among what each sparse projection of a model sees of its counted inputs; ValueError where none is sparse."
     maps = {(layer, name): m for layer, block in enumerate(blocks(model)) for name, m in projections(block).items() if isinstance(m, SparseLinear)}
@@ -231,7 +231,7 @@ def realised_sparsity(model: nn.Module, batches: Iterable[dict]) -> pd.DataFrame
         for handle in handles: handle.remove()
     return pd.Series({key: zeros / n if n else np.nan for key, (zeros, n) in found.items()}).unstack().reindex(columns=list(dict.fromkeys(name for _, name in maps))).rename_axis("layer")
 
-# %% ../nbs/12_sparsity.ipynb #bc3dba57
+# %% ../nbs/12_sparsity.ipynb #81af363b
 def _column_product(x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor = None) -> torch.Tensor:   # (..., in) of one token, (in, out) contiguous, (out,) -> (..., out)
     "The product that reads only the columns of inputs that are not 0: one weighted sum of rows of Wᵀ for each thread."
     flat = x.reshape(-1)
@@ -241,7 +241,7 @@ def _column_product(x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor =
     out = out.sum(0) if threads > 1 else out[0]
     return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
 
-# %% ../nbs/12_sparsity.ipynb #86d06dec
+# %% ../nbs/12_sparsity.ipynb #278d2e90
 def _install(model: PreTrainedModel, values: list[dict], rule: str, seed: int, by_column: bool) -> PreTrainedModel:
     "Make the named projections of a model sparse for good, and note it in its config."
     for layer, (block, own) in enumerate(zip(blocks(model), values)):

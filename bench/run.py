@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import pandas as pd
 import torch
 
 import measure
@@ -26,14 +27,15 @@ from avss_nb.hooks import run_blocks
 from avss_nb.importance import leave_one_out, sleb
 from avss_nb.models import blocks, load_model
 from avss_nb.pruning import decoding_cost, healing_loss, prune_layers, skip_layers
+from avss_nb.sparsity import make_sparse, mean_sparsity, projection_stats, projections, uniform_plan
 from table import page
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RIVALS = ROOT/".venv-bench"
 SIZES = dict(base=(8, 1), batches=(8, 8), rows=(64, 1))   # windows a batch, batches: the second and third have eight times the tokens
-PARTS = ("overhead", "leave_one_out", "sleb", "decoding", "options", "healing", "tuning", "answers", "nulls", "memory", "rivals")   # in this order
-HERE_PARTS = PARTS[:9]   # in this process
+PARTS = ("overhead", "leave_one_out", "sleb", "decoding", "sparsity", "options", "healing", "tuning", "answers", "nulls", "memory", "rivals")   # in this order
+HERE_PARTS = PARTS[:10]   # in this process
 SEVEN = [3, 12, 13, 14, 17, 25, 26]
 RIVAL_WORK = ("hidden_states", "captum", "nnsight_saved", "nnsight_reduced", "collect_output")   # of measure.py; the last is ours
 
@@ -124,6 +126,25 @@ def sleb_both_ways(model, tokenizer, data, held_out, n: int) -> dict:
         with skip_layers(model, layers): return perplexity(model, held_out)
     return dict(seconds=seconds, chosen=chosen, perplexity={name: left(layers) for name, layers in chosen.items()}, tokens=data.n_tokens)
 
+def sparse_decoding(model, data, shares: list[float], n_tokens: int, repeats: int) -> dict:
+    "Milliseconds a token of the dense model, of sparse ones by columns and of one by masks alone, in turn; what the sparse ones left out while they decoded, and the limit from the parameters that are then read."
+    def plan(share): return uniform_plan(model, share)
+    calibrated = {share: projection_stats(model, data, plan(share)) for share in shares}
+    models = {f"{share:g}": make_sparse(model, share, "threshold", stats) for share, stats in calibrated.items()}
+    models["masked"] = make_sparse(model, shares[0], "threshold", calibrated[shares[0]], by_column=False)
+    cost, of_maps = decoding_cost(dict(dense=model) | models, n_tokens=n_tokens, repeats=repeats), sum(m.weight.numel() for block in blocks(model) for m in projections(block).values())
+    found = {}
+    for name, sparse in models.items():
+        zeros, handles = {}, []
+        for layer, block in enumerate(blocks(sparse)):
+            for part, m in projections(block).items():
+                handles.append(m.register_forward_pre_hook(lambda m, args, key=(layer, part): zeros.setdefault(key, []).append((m.sparse(args[0]) == 0).double().mean().item()) if args[0].shape[1] == 1 else None))
+        decoding_cost({name: sparse}, n_tokens=n_tokens, repeats=1)
+        for handle in handles: handle.remove()
+        realised = mean_sparsity(model, pd.Series({key: float(np.mean(values)) for key, values in zeros.items()}).unstack())
+        found[name] = dict(milliseconds=cost.milliseconds[name], speedup=cost.speedup[name], realised=realised, ideal=model.num_parameters() / (model.num_parameters() - realised * of_maps))
+    return dict(dense=cost.milliseconds["dense"], sparse=found)
+
 def options_both_ways(model, tokenizer, n: int, rounds: int) -> dict:
     "Seconds of the likelihoods of the atlas's options, by our fast path and by lm-eval, and the largest difference."
     atlas, found = load_questions("atlas").select(range(n)), {}
@@ -202,6 +223,7 @@ def main():
                  leave_one_out=lambda: leave_one_out_both_ways(model, measure.passages(tokenizer, 4, 1, length), repeats),
                  sleb=lambda: sleb_both_ways(model, tokenizer, passages("train", length // 4), passages("test", length), 2 if quick else 7),
                  decoding=lambda: decoding_cost(dict(whole=model, pruned=prune_layers(model, SEVEN)), n_tokens=4 if quick else 32, repeats=repeats + 2).loc["pruned"].to_dict(),
+                 sparsity=lambda: sparse_decoding(model, measure.passages(tokenizer, 16, 1, length // 4), [.5, .65, .8], 4 if quick else 32, repeats + 2),
                  options=lambda: options_both_ways(model, tokenizer, 4 if quick else 64, repeats),
                  healing=lambda: healing_step(model, measure.passages(tokenizer, 4, 1, length // 2), repeats + 2),
                  tuning=lambda: tuning_both_ways(model, tokenizer, list(range(20, 25)), 8 if quick else 48, 3 if quick else 13, 1 if quick else 3),

@@ -63,6 +63,16 @@ def decoding_rows(results: dict) -> list[str]:
     found = results["decoding"]
     return [row("Decoding without 7 of 30 blocks: speed-up over the whole model, as a part of the ideal (ratio of the parameters)", f"{found['of_ideal']:.3f} ({found['speedup']:.3f} of {found['ideal']:.3f})", *at_least(found["of_ideal"], .95))]
 
+def sparsity_rows(results: dict) -> list[str]:
+    if (found := results.get("sparsity")) is None: return []   # measured by `make bench` since activation sparsity is there
+    def figure(f): return f"{f['speedup']:.2f} ({f['milliseconds']:.1f} ms, {found['dense']:.1f} ms)"
+    rows = []
+    for name, f in found["sparse"].items():
+        if name == "masked": rows.append(row("… with masks and dense products instead", figure(f), "–", ""))
+        else: rows += [row(f"Decoding at {float(name):.0%} activation sparsity: times faster than dense", figure(f), *at_least(round(f["speedup"], 2), {"0.5": 1.2}.get(name, 1))),
+                       row(f"… as a part of the limit from the parameters read, {f['realised']:.1%} of the projections' inputs being zero", f"{f['speedup'] / f['ideal']:.2f} (of {f['ideal']:.2f})", "–", "")]
+    return rows
+
 def options_rows(results: dict) -> list[str]:
     found = results["options"]
     faster = ratios(found["seconds"]["lm_eval"], found["seconds"]["ours"])
@@ -111,7 +121,7 @@ SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding
 `collect_stats` at two reading points (`output`, `relative_update`): float64 sums and the histogram.
 
 {head("measured", "figure", "bar", "met")}
-{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results) + decoding_rows(results) + options_rows(results) + healing_rows(results) + tuning_rows(results) + answers_rows(results))}
+{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results) + decoding_rows(results) + sparsity_rows(results) + options_rows(results) + healing_rows(results) + tuning_rows(results) + answers_rows(results))}
 
 ## Beside other libraries
 

@@ -20,6 +20,7 @@ def results() -> dict:
                 leave_one_out=dict(seconds=dict(reused=30., naive=60., minimum=25.), damage=dict(reused=[1., 2.], naive=[1., 2.5]), peak=dict(reused=300., naive=200.)),
                 sleb=dict(seconds=dict(raced=20., naive=50.), chosen=dict(raced=[1, 2], naive=[1, 3]), perplexity=dict(raced=10.05, naive=10.), tokens=1024),
                 decoding=dict(speedup=1.2, ideal=1.25, of_ideal=.96), options=dict(seconds=dict(ours=[1., 2.], lm_eval=[3., 6.]), apart=2e-5, questions=64),
+                sparsity=dict(dense=30., sparse={"0.5": dict(milliseconds=20., speedup=1.5, realised=.51, ideal=1.65), "0.8": dict(milliseconds=31., speedup=.97, realised=.8, ideal=2.7), "masked": dict(milliseconds=32., speedup=.94, realised=.51, ideal=1.65)}),
                 healing=dict(seconds=dict(ours=[3., 3.], plain=[2., 2.], torch=[4., 4.]), tokens=512),
                 tuning=dict(seconds=dict(plain=[2., 3., 2.], reused=[1., 1., 2.]), losses=dict(plain=[2., 1.], reused=[2., 1.00002]), layers=[20, 21, 22], questions=48, prefix=24.),
                 answers=dict(seconds=dict(forward=[1., 2., 1.], collect=[1.1, 2.4, 1.12]), answers=64, tokens=3000), nulls={"None": [1., 1.5, 2.], "question": [6., 6., 5.]} | dict(answers=1000, times=1000),
@@ -38,6 +39,8 @@ def test_every_figure_stands_beside_its_bar(results):
     assert figures["SLEB for 2 blocks with reuse and a race: times faster than the naive way, 1,024 tokens"] == ["2.50 (20 s, 50 s)", "≥ 3", "**no**"]
     assert figures["… held-out perplexity of its choice over that of the naive choice"] == ["+0.5% (10.1, 10.0)", "≤ +1 %", "yes"]
     assert figures["Decoding without 7 of 30 blocks: speed-up over the whole model, as a part of the ideal (ratio of the parameters)"] == ["0.960 (1.200 of 1.250)", "≥ 0.95", "yes"]
+    assert figures["Decoding at 50% activation sparsity: times faster than dense"] == ["1.50 (20.0 ms, 30.0 ms)", "≥ 1.2", "yes"] and figures["Decoding at 80% activation sparsity: times faster than dense"][1:] == ["≥ 1", "**no**"]
+    assert figures["… as a part of the limit from the parameters read, 51.0% of the projections' inputs being zero"] == ["0.91 (of 1.65)", "–", ""] and figures["… with masks and dense products instead"][0] == "0.94 (32.0 ms, 30.0 ms)"
     assert figures["Likelihoods of the options of 64 atlas questions: times faster than lm-eval, its set-up included"] == ["3.000 (3.000 to 3.000)", "≥ 1", "yes"]
     assert figures["… over the same step with torch's `kl_div`"][0] == "0.750 (0.750 to 0.750)"
     assert figures["Contrastive training of blocks 20 to 22 of 30, the frozen ones below passed over: steps a second, times the plain Trainer's"] == ["2.000 (1.000 to 3.000)", "≥ 1.5", "yes"]
@@ -47,3 +50,8 @@ def test_every_figure_stands_beside_its_bar(results):
     assert figures[f"Profile {size}"] == ["1.50 s", "≤ 5 s", "yes"] and figures[f"Paired profile {size}"] == ["6.00 s", "≤ 5 s", "**no**"]
     assert figures["transformers 1.2, `output_hidden_states=True`"] == ["1.500 (1.100 to 2.000)", "49 MB", "0e+00", "8e-01"]
     assert figures["captum , `LayerActivation`"][0] == "failed: ImportError: no captum"
+
+
+def test_a_part_that_was_not_measured_yet_has_no_row(results):
+    del results["sparsity"]
+    assert "activation sparsity" not in table.page(results) and "Likelihoods of the options" in table.page(results)
