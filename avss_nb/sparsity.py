@@ -362,7 +362,7 @@ def greedy_plan(
         for number, levels in enumerate(_greedy_block(block, calls[layer], hist, n_steps, step, lazy), 1): path[round(number * step, 10), layer] = levels
     return pd.DataFrame(path).T.rename_axis(["sparsity", "layer"]).sort_index()
 
-# %% ../nbs/12b_allocation.ipynb #bf19ec27
+# %% ../nbs/12b_allocation.ipynb #ed5343ce
 def hill_exponent(
     values: Iterable[float],   # eigenvalues, or any sample above 0
     tail: float = .5,          # the largest of them, as a share
@@ -383,12 +383,12 @@ def weight_exponents(model: nn.Module, tail: float = .5) -> pd.DataFrame:   # a 
     "The heavy-tail exponent α of each projection's spectrum; nothing is run."
     return _table(model, lambda m: hill_exponent(_spectrum(m.weight), tail) if min(m.weight.shape) * tail >= 2 else np.nan)
 
-# %% ../nbs/12b_allocation.ipynb #346ea2e7
+# %% ../nbs/12b_allocation.ipynb #580eae27
 def acttail_plan(
     model: nn.Module,
     exponents: pd.DataFrame,   # from `weight_exponents`
     sparsity: float,           # mean over the weights, in [0, 1)
-    spread: float = .3,        # how far, as a part of `sparsity`, the smallest and the largest exponent lie from it
+    spread: float = .2,        # how far, as a part of `sparsity`, the smallest and the largest exponent lie from it
 ) -> pd.DataFrame:             # a plan; its mean over the weights is `sparsity`
     """Less sparsity where the spectrum's tail is heavier (ActTail, arXiv 2603.12272; the map is our reading: linear in α between sparsity·(1 ± spread), shifted
     until the mean over the weights is the one asked for, within [0, .99])."""
@@ -403,7 +403,7 @@ def acttail_plan(
     for _ in range(60): ends = (mid, ends[1]) if mean(mid := sum(ends) / 2) < sparsity else (ends[0], mid)
     return _check_plan(model, pd.DataFrame(np.clip(wish + ends[1], 0, _MOST), exponents.index, exponents.columns))
 
-# %% ../nbs/12b_allocation.ipynb #bf1d291c
+# %% ../nbs/12b_allocation.ipynb #3eee4ec0
 def _arm(model: nn.Module, arm: dict | None) -> tuple:
     "The two contexts of an arm: sparse, and without some layers."
     arm = dict(arm or {})
