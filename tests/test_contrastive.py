@@ -189,8 +189,9 @@ def test_only_named_maps_are_trained():
 def test_the_prefix_serves_every_arm_and_only_its_own_rows():
     model, rows = tiny("llama"), rows_of()
     prefix = FrozenPrefix(model, Letters(), rows, [2, 4, 0], batch_size=3)
-    assert sorted(prefix.states) == [2, 4] and same(tuned(model, [2], reuse=prefix), tuned(model, [2]))
-    assert same(tuned(model, [4], reuse=prefix, objective=None), tuned(model, [4], objective=None)) and same(tuned(model, [0], reuse=prefix), tuned(model, [0]))
+    assert sorted(prefix.states) == [2, 4]
+    for layer, options in ((2, {}), (4, dict(objective=None)), (0, {})):          # another batch size rounds otherwise
+        for p, q in zip(tuned(model, [layer], reuse=prefix, **options).parameters(), tuned(model, [layer], **options).parameters(), strict=True): torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
     with pytest.raises(ValueError, match="not for block 3"): tuned(model, [3], reuse=prefix)
     with pytest.raises(ValueError, match="other rows"): tuned(model, [2], reuse=prefix, negatives=1)
 
