@@ -111,7 +111,8 @@ def uniform_plan(model: nn.Module, sparsity: float) -> pd.DataFrame:   # a row a
 
 def mean_sparsity(model: nn.Module, plan: pd.DataFrame) -> float:
     "The share of the blocks' weights, and so of their multiplications, that a plan (or a table of realised sparsity) leaves out."
-    return float((plan * _sizes(model)).sum().sum() / _sizes(model).sum().sum())
+    size = _sizes(model)
+    return float((plan * size).sum().sum() / size.sum().sum())
 
 # %% ../nbs/12_sparsity.ipynb #73c48798
 def calibrate_thresholds(
@@ -190,15 +191,19 @@ def _values(model: nn.Module, plan: pd.DataFrame | float, rule: str, stats: Laye
     as_number = int if rule == "top_k" else float
     return [{name: as_number(table[name][layer]) for name in plan if layer in plan.index and plan[name][layer] > 0} for layer in range(len(blocks(model)))]
 
+def _named_maps(model: nn.Module, values: list[dict], seed: int):
+    "Each map that is to be sparse, its value, and a seed of its own."
+    for layer, (block, own) in enumerate(zip(blocks(model), values)):
+        maps = projections(block)
+        for number, (name, value) in enumerate(own.items()): yield maps[name], value, seed + 1009 * layer + number
+
 @contextmanager
 def _sparse_inside(model: nn.Module, values: list[dict], rule: str, seed: int):
     done = []
     try:
-        for layer, (block, own) in enumerate(zip(blocks(model), values)):
-            maps = projections(block)
-            for number, (name, value) in enumerate(own.items()):
-                _make_sparse(maps[name], rule, value, seed + 1009 * layer + number)
-                done.append(maps[name])
+        for linear, value, own_seed in _named_maps(model, values, seed):
+            _make_sparse(linear, rule, value, own_seed)
+            done.append(linear)
         yield model
     finally:
         for linear in done: _make_dense(linear)
@@ -244,13 +249,10 @@ def _column_product(x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor =
 # %% ../nbs/12_sparsity.ipynb #278d2e90
 def _install(model: PreTrainedModel, values: list[dict], rule: str, seed: int, by_column: bool) -> PreTrainedModel:
     "Make the named projections of a model sparse for good, and note it in its config."
-    for layer, (block, own) in enumerate(zip(blocks(model), values)):
-        maps = projections(block)
-        for number, (name, value) in enumerate(own.items()):
-            m = maps[name]
-            fits = by_column and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
-            if fits and not _is_conv1d(m): m.weight = nn.Parameter(m.weight.detach().t().contiguous().t(), m.weight.requires_grad)
-            _make_sparse(m, rule, value, seed + 1009 * layer + number, fits)
+    for m, value, own_seed in _named_maps(model, values, seed):
+        fits = by_column and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
+        if fits and not _is_conv1d(m): m.weight = nn.Parameter(m.weight.detach().t().contiguous().t(), m.weight.requires_grad)
+        _make_sparse(m, rule, value, own_seed, fits)
     model.config.activation_sparsity = dict(rule=rule, seed=seed, layers=values)
     return model
 
