@@ -153,6 +153,13 @@ def test_site_lists_every_chapter_in_order():
     assert (NBS/"_quarto.yml").is_symlink() and (NBS/"_quarto.yml").resolve() == ROOT/"_quarto.yml"
 
 
+def test_gallery_shows_figures_as_they_stand():
+    images = lambda chapter: [o["data"]["image/png"].strip() for cell in code_cells(chapter) for o in cell.outputs if "image/png" in o.get("data", {})]
+    stored = {image for chapter in CHAPTERS if chapter.stem != "41_gallery" for image in images(chapter)}
+    shown = images(NBS/"41_gallery.ipynb")
+    assert len(shown) == 10 and stored.issuperset(shown), "run `make run NBS=nbs/41_gallery.ipynb`"
+
+
 def test_pins_agree_with_settings():
     lines = [Requirement(line) for line in (ROOT/"constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pins = {canonicalize_name(r.name): next(iter(r.specifier)) for r in lines}
