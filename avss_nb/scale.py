@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BITS', 'processes', 'share', 'spread', 'spread_scores', 'launch', 'memory_plan', 'estimate']
 
-# %% ../nbs/13_scale.ipynb #6473b9bc
+# %% ../nbs/13_scale.ipynb #1319939e
 import hashlib, json, logging, os, tempfile, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ from .metrics import N_BINS, LayerStats
 from .models import blocks
 from .sparsity import projections
 
-# %% ../nbs/13_scale.ipynb #6250d5b7
+# %% ../nbs/13_scale.ipynb #39f50c57
 @cache
 def _group(n: int): return dist.new_group(backend="gloo", timeout=timedelta(days=7))   # `_meet` has the patience, not the group
 
@@ -63,7 +63,7 @@ def share(
     items = items if hasattr(items, "__getitem__") else list(items)
     return _rows(items, range(number, len(items), n))
 
-# %% ../nbs/13_scale.ipynb #1ce93b4e
+# %% ../nbs/13_scale.ipynb #c103c5ea
 def _table_bytes(table: pd.DataFrame) -> bytes:
     "A table as an Arrow file, with the names of its index and columns (which may be numbers) beside it."
     names = dict(index=list(table.index.names), columns=table.columns.tolist())
@@ -98,7 +98,7 @@ def _read(path: Path):
         raise ValueError(f"{path} is damaged: delete it, and it is made again ({error})") from None
     return (AnswerStats if kind == "avss_nb.AnswerStats" else LayerStats).load(path)
 
-# %% ../nbs/13_scale.ipynb #ce4fca75
+# %% ../nbs/13_scale.ipynb #7705868d
 @contextmanager
 def _in_touch(timeout: float):
     "TimeoutError for those who did not come; where another process died, time for the launcher to see which one it was."
@@ -148,7 +148,7 @@ def _unpacked(data: bytes) -> tuple[dict[int, object], int]:
             parts[int(Path(name).stem)] = _read(Path(folder) / name)
     return parts, n_items
 
-# %% ../nbs/13_scale.ipynb #1e0c7231
+# %% ../nbs/13_scale.ipynb #f72ba176
 def _form(part) -> dict:
     "What has to be the same for two parts to belong together."
     if isinstance(part, pd.DataFrame): return dict(index=list(part.index.names), columns=part.columns.tolist())
@@ -179,7 +179,7 @@ def _together(parts: list, add: bool):
         raise ValueError(f"{whole.index.names[0]} {twice} has rows from two chunks: say add=True to add them up")
     return whole.groupby(level=list(range(whole.index.nlevels))).sum(skipna=False)
 
-# %% ../nbs/13_scale.ipynb #18643dac
+# %% ../nbs/13_scale.ipynb #e8d060c3
 def _digest(items) -> str:
     "A short name of the items' content."
     sha = hashlib.sha256()
@@ -202,7 +202,7 @@ def _kept(out: Path | None, c: int, make: Callable):
     if out: _write(part, out / f"chunk-{c:05d}{_suffix(part)}")
     return part
 
-# %% ../nbs/13_scale.ipynb #1fde3187
+# %% ../nbs/13_scale.ipynb #52757da5
 def spread(
     work: Callable,              # some of the items -> LayerStats, AnswerStats or a table (one row an item, or more)
     items,                       # batches, answers, questions: the same in every process
@@ -230,7 +230,7 @@ def spread(
     whole = {c: part for parts, _ in found for c, part in parts.items()}
     return _together([whole[c] for c in sorted(whole)], add)
 
-# %% ../nbs/13_scale.ipynb #bb0435ce
+# %% ../nbs/13_scale.ipynb #df931b75
 def spread_scores(
     model: nn.Module,
     batches: Iterable[dict],      # the same in every process
@@ -254,7 +254,7 @@ def spread_scores(
         return FROM_AHEAD[m](ahead) if m in FROM_AHEAD else layer_scores(model, [], [m], stats=stats)[m]
     return pd.DataFrame({m: pd.Series(score(m), pd.RangeIndex(len(blocks(model)), name="layer")) for m in methods})
 
-# %% ../nbs/13_scale.ipynb #598a3837
+# %% ../nbs/13_scale.ipynb #34432ec2
 @contextmanager
 def _quiet():
     "Without the launcher's own reports, which the error repeats."
@@ -292,7 +292,7 @@ def launch(
     except ChildFailedError as error: raise RuntimeError(_blame(error, n)) from None
     return [found[number] for number in range(n)]
 
-# %% ../nbs/13_scale.ipynb #330eda86
+# %% ../nbs/13_scale.ipynb #9728eb90
 def _skeleton(model: nn.Module | PretrainedConfig) -> nn.Module:
     "A model; of a config, one with shapes and no weights."
     if isinstance(model, nn.Module): return model
@@ -336,7 +336,7 @@ def memory_plan(
                           "logits": (0, tokens * vocabulary * size + 3 * 16 * vocabulary * 4, 0)}, ["statistics", "leave_one_out", "disk"]).T
     return pd.concat([table, table.sum().to_frame("total").T]).rename_axis("part")
 
-# %% ../nbs/13_scale.ipynb #f1f4ddae
+# %% ../nbs/13_scale.ipynb #1c51f70a
 def estimate(
     model: nn.Module | PretrainedConfig,   # dense; a config is enough
     tokens: int = 100_000,                 # of text

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from avss_nb.eavss import answer_stats
 from avss_nb.evaluation import row_losses
 from avss_nb.hooks import input_device
-from avss_nb.importance import angular_distance, layer_scores, leave_one_out, read_layers, removal_losses
-from avss_nb.metrics import REDUCTIONS, avss, collect_stats
+from avss_nb.importance import angular_distance, layer_scores, leave_one_out, removal_losses
+from avss_nb.metrics import REDUCTIONS, collect_stats
 from avss_nb.models import blocks, load_model
 from avss_nb.pruning import skip_layers
 from avss_nb.scale import _exchange, _packed, _read, _skeleton, _unpacked, _write, estimate, launch, memory_plan, processes, share, spread, spread_scores
