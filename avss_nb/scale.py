@@ -323,7 +323,7 @@ def memory_plan(
     bits: int = None,                      # 8 or 4: the blocks' linear maps are quantised
     points: int = 2,                       # reading points
 ) -> pd.DataFrame:                         # bytes: columns `statistics`, `leave_one_out` (memory of one process at work) and `disk`; a row a part, and `total`
-    "What a run will take, beside Python and its libraries (our arithmetic; within a quarter of what chapter Scale measures)."
+    "What a run will take, beside Python and its libraries (our arithmetic; within a third of what chapter Scale measures)."
     if bits not in (None, 8, 4): raise ValueError(f"bits is 8 or 4, not {bits}")
     model = _skeleton(model)
     n, size, tokens = _counts(model), (dtype or model.dtype).itemsize, batch_size * max_length
