@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import claim_folder
 from .detection import Detector, _finite, _judged, _table
 from .evaluation import _bootstrap, is_causal
-from .hooks import read_activations
+from .hooks import input_device, read_activations
 from .importance import resume_at
 from .labeling import generate_answers, normalize_answer
 from .models import blocks
@@ -68,7 +68,7 @@ def exit_logits(
     hidden: torch.Tensor,    # (B, T, d) the residual stream after a block
 ) -> torch.Tensor:           # (B, T, V)
     "The logits that the model would give if its last block returned `hidden` (the logit lens)."
-    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=input_device(model))
     with torch.no_grad(), resume_at(model, len(blocks(model)), hidden): return model.forward(input_ids=ids, use_cache=False).logits
 
 # %% ../nbs/11_decoding.ipynb #60863d76

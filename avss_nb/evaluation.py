@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from .data import batch_rows
-from .hooks import _counts_positions_itself, model_inputs
+from .hooks import _counts_positions_itself, input_device, model_inputs
 
 # %% ../nbs/04_evaluation.ipynb #9508fc2e
 def is_causal(model: nn.Module) -> bool:
@@ -114,7 +114,7 @@ def _behind_cache(model: nn.Module, cache: DynamicCache, batch: dict, rows: list
     given = dict(input_ids=ids, attention_mask=torch.cat([batch["attention_mask"][rows], mask], 1))
     if "position_ids" in inspect.signature(model.forward).parameters and not _counts_positions_itself(model):
         given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1)[:, -ids.shape[1]:]
-    own, device = deepcopy(cache), next(model.parameters()).device
+    own, device = deepcopy(cache), input_device(model)
     own.batch_select_indices(torch.tensor(rows, device=device))
     with torch.no_grad(): out = model(**{k: v.to(device) for k, v in given.items()}, **{_cache_name(model): own}, use_cache=True)
     return list(out.logits.float().log_softmax(-1).cpu())

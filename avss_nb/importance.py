@@ -9,13 +9,14 @@ __all__ = ['FROM_STATS', 'FROM_AHEAD', 'BY_RUNNING', 'halves', 'read_layers', 'b
 
 # %% ../nbs/06_importance.ipynb #7216ded0
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from math import comb
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from scipy import stats as sps
 from torch import nn
 from tqdm import tqdm
@@ -64,7 +65,7 @@ class _Reading:
         self.sums = {(point, row): _Sums(reduce) for point in points for row in range(len(units))}
         self.stream = {name: torch.zeros(len(units), dtype=torch.float64) for name in ("turn", "tokens", "angle", "texts")}
     def add(self, unit: int | str, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor):
-        row = self.place[unit]
+        row, x = self.place[unit], x.to(y.device)
         for point in self.points: self.sums[point, row].add(_OF_STREAM[point](x, y), mask.to(y.device))
         cosine, some = F.cosine_similarity(x.float(), y.float(), dim=-1).cpu().double(), mask.any(1)
         ends = cosine.gather(1, _last(mask)[:, None])[some].clamp(-1, 1).arccos() / torch.pi
@@ -152,14 +153,24 @@ def _weights(block: nn.Module, unit: int | str) -> list[nn.Parameter]:
     inside = {id(p) for p in attention.parameters()}
     return [p for p in block.parameters() if p.dim() > 1 and (id(p) in inside) == (part == "attention")]
 
+def _check_weights(model: nn.Module, score: str):
+    "ValueError where the weights are kept in 8 or 4 bits: their codes have neither a magnitude nor a gradient."
+    if (getattr(model, "is_quantized", False) or any(not p.is_floating_point() for p in model.parameters())
+            or any("quantized" in type(m).__module__.split(".") for m in model.modules())):
+        raise ValueError(f"{score} reads the weights, and this model's are quantised: load it unquantised, or leave {score} out")
+
 def magnitude(
     model: nn.Module,
     batches: Iterable[dict] = None,   # not needed
     units: Iterable[int | str] = None,
 ) -> pd.Series:                       # per layer, Σ|W|
-    "Sum of the absolute weights of each block."
+    "Sum of the absolute weights of each block, offloaded ones too; ValueError for a quantised model."
+    _check_weights(model, "magnitude")
     units, pile = _units(model, units), blocks(model)
-    total = lambda unit: sum(w.detach().abs().sum(dtype=torch.float64).item() for w in _weights(pile[layer_of(unit)], unit))
+    def total(unit):
+        with ExitStack() as here:
+            for m in pile[layer_of(unit)].modules(): here.enter_context(align_module_device(m))
+            return sum(w.detach().abs().sum(dtype=torch.float64).item() for w in _weights(pile[layer_of(unit)], unit))
     return _series([total(unit) for unit in units], units, "magnitude")
 
 # %% ../nbs/06_importance.ipynb #b1560951
@@ -172,6 +183,8 @@ def taylor(
 ) -> pd.Series:   # per layer, nats a token
     """Σ|W ⊙ ∂L/∂W| of each block, L the mean loss over all batches (Shortened LLaMA, Taylor+ without its weighting).
     Gradients and `requires_grad` are left as they were."""
+    _check_weights(model, "taylor")
+    if any(p.is_meta for p in model.parameters()): raise ValueError("taylor needs the gradients of weights that are in memory, and some are offloaded")
     units, pile, n = _units(model, units), blocks(model), 0
     weights = {unit: _weights(pile[layer_of(unit)], unit) for unit in units}
     wanted = {id(w) for some in weights.values() for w in some}

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .data import QUESTION, batch_rows, claim_folder, write_whole
 from .evaluation import _bootstrap, _cache_name, _cache_of, is_causal
-from .hooks import _counts_positions_itself, model_inputs
+from .hooks import _counts_positions_itself, input_device, model_inputs
 from .models import _in_one_line, check_tokenizer
 
 # %% ../nbs/07_labeling.ipynb #7c5ea804
@@ -172,7 +172,7 @@ def _choose(logp: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Te
 def _decode(model: nn.Module, batch: dict, names: list[str], draws: np.ndarray, temperature: float, ended: Callable[[list[int]], bool]) -> list[tuple]:
     """(tokens, logprobs, entropies) for each row of `draws`, whose neighbours share the prompts of a left-padded batch;
     FloatingPointError names a question."""
-    samples, device = len(draws) // len(names), next(model.parameters()).device
+    samples, device = len(draws) // len(names), input_device(model)
     ids, mask, u = batch["input_ids"].to(device), batch["attention_mask"].to(device), torch.tensor(draws, device=device)
     logp, past = _next(model, ids, mask)
     ids, mask, logp = (x.repeat_interleave(samples, 0) for x in (ids, mask, logp))

@@ -126,6 +126,7 @@ def load_model(
     device: str | torch.device = None,           # default: "cuda" where there is one, else "cpu"
     device_map: str | dict = None,               # as in transformers; excludes `device`
     trust_remote_code: bool = False,             # run Python code from the model's repository
+    **options,                                   # of `from_pretrained`: `quantization_config, max_memory, offload_folder`
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in eval mode and its checked tokenizer;
     raises FileNotFoundError or ValueError in one line that names the model."""
@@ -135,13 +136,13 @@ def load_model(
         config = AutoConfig.from_pretrained(source, **common)
         architecture = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], AutoModelForCausalLM)
         model, info = architecture.from_pretrained(source, dtype=dtype or "auto", device_map=device_map,
-                                                   use_safetensors=True, output_loading_info=True, **common)
+                                                   use_safetensors=True, output_loading_info=True, **common, **options)
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"its file lacks {len(missing)} of the weights that its config asks for, "
                              f"{missing[0]} first")
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         check_tokenizer(tokenizer, model)
-        if device_map is None: model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device_map is None and not getattr(model, "is_quantized", False): model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:
         if not isinstance(error, OSError) or Path(source).is_dir():
             raise ValueError(f"cannot load the model {str(name_or_path)!r}: {_in_one_line(error)}") from None

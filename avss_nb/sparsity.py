@@ -287,7 +287,7 @@ from datasets import Dataset
 
 from .data import batches as make_batches, stored_table
 from .evaluation import answer_questions, text_losses
-from .hooks import _hidden
+from .hooks import _hidden, input_device
 from .pruning import skip_layers
 
 # %% ../nbs/12b_allocation.ipynb #dbb72d23
@@ -298,7 +298,7 @@ def _calls(model: nn.Module, batches: Iterable[dict]) -> list[list[tuple]]:
         for calls, block in zip(found, blocks(model)):
             handles.append(block.register_forward_hook(lambda b, args, kwargs, out, calls=calls: calls.append((args, kwargs, mask, _hidden(out)[mask])), with_kwargs=True))
         for batch in batches:
-            mask = batch["count_mask"].to(next(model.parameters()).device)
+            mask = batch["count_mask"].to(input_device(model))
             run_blocks(model, batch)
     finally:
         for handle in handles: handle.remove()
