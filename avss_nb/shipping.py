@@ -96,7 +96,8 @@ def prune_to_folder(
     """Score, remove, measure, save: a folder that transformers loads, with a card. A killed run goes on when called again.
     ValueError, OSError or FloatingPointError before anything of that name is there."""
     settings, out = Settings(model=str(model), **settings), Path(out)
-    if settings.tune_steps: raise ValueError("tune_steps belongs to a study: a pruned model is healed (heal_steps)")
+    for name in ("tune_steps", "sparsity"):
+        if getattr(settings, name): raise ValueError(f"{name} belongs to a study: a pruned model is healed (heal_steps)")
     recipe = asdict(settings) | dict(score=score, scores=str(scores) if scores else None)
     if not scores: _check_score(score)
     if out.exists(): raise ValueError(f"{out} exists: choose another folder")

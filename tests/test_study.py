@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from avss_nb.models import load_model
 from avss_nb.study import load_study, run_study
 
-SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48", "--heal-steps", "2", "--tune-steps", "2"]
-TABLES = ["profile", "scores", "removal", "sensitivity", "certainty", "settled", "answers", "prone", "detectors", "tuned"]
+SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48", "--heal-steps", "2", "--tune-steps", "2", "--sparsity", ".5"]
+TABLES = ["profile", "scores", "removal", "sensitivity", "certainty", "settled", "answers", "prone", "detectors", "tuned", "sparse"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_command_writes_the_results_folder(finished):
     assert "report.html" in run.stdout and "leave one out" in run.stderr
     names = {p.name for p in out.iterdir()}
     assert names >= {"report.ipynb", "report.html", "results.json", "settings.json", "stats.safetensors", *(f"{t}.csv" for t in TABLES)}
-    assert {f"figure-{n}.{kind}" for n in ("profile", "retention", "certainty", "sensitivity", "tuned") for kind in ("png", "svg")} <= names
+    assert {f"figure-{n}.{kind}" for n in ("profile", "retention", "certainty", "sensitivity", "tuned", "sparse") for kind in ("png", "svg")} <= names
     assert not [p for p in out.rglob("*.part")]
 
 
@@ -85,7 +85,7 @@ def test_contrastive_training_stands_beside_the_untouched_model(finished):
 def test_report_reads_well_in_a_browser(finished, browser):
     out, _ = finished
     assert check_page(browser, (out/"report.html").as_uri()) == []
-    assert "Which layers matter" in browser.page_source and browser.page_source.count("<img") == 5
+    assert "Which layers matter" in browser.page_source and browser.page_source.count("<img") == 6
     report = nbformat.read(out/"report.ipynb", as_version=4)
     assert not any(o.output_type in ("error", "stream") for c in report.cells if c.cell_type == "code" for o in c.outputs)
 
