@@ -140,9 +140,13 @@ def top_k(
     if k >= x.shape[-1]: return x
     if k <= 0: return torch.zeros_like(x)
     size = x.abs()
-    least = size.topk(k, sorted=True).values[..., -1:]
-    above, equal = size > least, size == least
-    return torch.where(above | equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)), x, 0)
+    least = size.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    kept = ~(size < least)   # also what is not a number: it is for the loss to say so
+    if (tied := kept.sum(-1) > k).any():
+        equal = size[tied] == least[tied]
+        above = kept[tied] & ~equal
+        kept[tied] = above | equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True))
+    return torch.where(kept, x, 0)
 
 def _random_mask(x: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     "A share of the inputs set to zero by lot, whatever they are: the control."
