@@ -222,7 +222,7 @@ def answer_states(
     at: str | Sequence[str] = "last",    # "last" answer token, "mean" over answer tokens; several in one pass
     point: str = "output",               # reading point of `avss_nb.hooks`
     batch_size: int = 16,
-) -> np.ndarray:   # (answers, layers, width) float32, NaN for an answer without a token; a dict of them for several `at`
+) -> np.ndarray | dict[str, np.ndarray]:   # (answers, layers, width) float32, NaN for an answer without a token; a dict of them for several `at`
     "Hidden states of answers at every layer; FloatingPointError naming layer and answer of a state that is not finite."
     table, kinds = _table(answers, ("prompt_tokens", "answer_tokens")), [at] if isinstance(at, str) else list(at)
     if unknown := [k for k in kinds if k not in ("last", "mean")]: raise ValueError(f"at is 'last' or 'mean', not {unknown[0]!r}")
@@ -481,7 +481,7 @@ def ranking_value(
     known = np.stack(columns, 1)
     if not 1 <= k <= x.shape[1]: raise ValueError(f"k is between 1 and {x.shape[1]}, the number of layers, not {k}")
     _all_finite(np.hstack([known, x]), rows)
-    rankings = ranking if isinstance(ranking, dict) else {"eavss": ranking or eavss_ranking(x, labels)}
+    rankings = ranking if isinstance(ranking, dict) else {"eavss": eavss_ranking(x, labels) if ranking is None else ranking}
     sets = None if sets is None else pd.Series(list(sets)).to_numpy(object)
     draws, rng, found, chosen = _draws(groups, n_resamples, seed), np.random.default_rng(seed), {}, {}
     parts = _parts(wrong, rows, groups, sets, seeds)

@@ -43,6 +43,7 @@ def _first(block: nn.Module, *paths: str) -> nn.Module | None:
     for path in paths:
         try: return block.get_submodule(path)
         except AttributeError: pass
+    return None
 
 def _down_projection(mlp: nn.Module) -> nn.Module | None:
     "The last linear map (nn.Linear or GPT-2's Conv1D) inside an MLP, or the module itself when it is one."

@@ -211,10 +211,13 @@ def _cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: tuple[str,
 # %% ../nbs/07_labeling.ipynb #41a99e61
 class _Chunks:
     "Rows kept in a folder, a file a chunk; ValueError for a folder of other settings or a damaged file."
-    def __init__(self, folder: str | Path | None, settings: dict): self.folder = folder and claim_folder(folder, settings)
+    def __init__(self, folder: str | Path | None, settings: dict): self.folder = claim_folder(folder, settings) if folder else None
     def _read(self, file: Path) -> list[dict]:
-        try: return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        except ValueError: raise ValueError(f"{file} is damaged: delete it, and it is made again") from None
+        text = file.read_bytes()
+        try: rows = [json.loads(line) for line in text.decode().splitlines()] if text.endswith(b"\n") else []
+        except (ValueError, RecursionError): rows = []
+        if not rows or not all(isinstance(r, dict) and r.keys() == ANSWER.keys() for r in rows): raise ValueError(f"{file} is damaged: delete it, and it is made again")
+        return rows
     def __call__(self, number: int, make: Callable[[], list[dict]]) -> list[dict]:
         if self.folder is None: return make()
         file = self.folder / f"{number:05}.jsonl"
@@ -380,7 +383,8 @@ def _by_judge(judge: Callable, name: str, rows: list[dict], out: Path | None, ba
     kept = dict(judge=name, verdicts={})
     if out and out.exists():
         try: kept = json.loads(out.read_text(encoding="utf-8"))
-        except ValueError: raise ValueError(f"{out} is damaged: delete it, and the judge is asked again") from None
+        except (ValueError, RecursionError): kept = None
+        if not isinstance(kept, dict) or not isinstance(kept.get("verdicts"), dict) or "judge" not in kept: raise ValueError(f"{out} is damaged: delete it, and the judge is asked again")
         if kept["judge"] != name: raise ValueError(f"{out} holds the verdicts of judge {kept['judge']!r}, not of {name!r}: give another file")
     said, labels = kept["verdicts"], [_no_answer(r["answer"], r["answers"]) for r in rows]
     keys = [_digest([r["question"], r["answer"], list(r["answers"])]) for r in rows]

@@ -7,7 +7,6 @@ __all__ = ['MANTISSA_BITS', 'N_BINS', 'EXACT_EPS', 'REDUCTIONS', 'magnitude_bins
            'save', 'load', 'collect_stats', 'variance', 'normalized_variance', 'sparsity', 'avss', 'navss', 'cavss']
 
 # %% ../nbs/03_metrics.ipynb #1db53405
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -80,12 +79,20 @@ def save(self: LayerStats, path: str | Path):
 
 def load(path: str | Path) -> LayerStats:
     "Read what `save` wrote; ValueError for a file that is something else or was cut short."
+    sums, _ = _read_sums(path, "LayerStats", "layer")
+    if len({len(t) for t in sums.values()}) != 1: raise ValueError(f"{path} is damaged, get or make it again: its sums are not of the same layers")
+    return LayerStats(sums)
+
+def _read_sums(path: str | Path, kind: str, of: str, beside: tuple[str, ...] = ()) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    "Tensors named `point.quantity` (and those `beside`), and the note of a file; ValueError naming it when it is something else."
     try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != "avss_nb.LayerStats":
-                raise ValueError(f"{path} holds no layer statistics")
-            return LayerStats({name: file.get_tensor(name) for name in file.keys()})
-    except SafetensorError as error: raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        with safe_open(path, framework="pt") as file: sums, note = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, RuntimeError, TypeError) as error: raise ValueError(f"{path} is damaged or no safetensors file, get or make it again: {error}") from None
+    if note.get("format") != f"avss_nb.{kind}": raise ValueError(f"{path} holds no {of} statistics")
+    if odd := [n for n, t in sums.items() if n not in beside and (n.partition(".")[0] not in POINTS or not t.ndim)] or [n for n in beside if n not in sums] or (not sums and ["nothing"]):
+        raise ValueError(f"{path} is damaged, get or make it again: it is not to have, or lacks, {odd[0]!r}")
+    if wild := [n for n, t in sums.items() if not torch.isfinite(t).all()]: raise ValueError(f"{path} is damaged, get or make it again: {wild[0]!r} holds NaN or infinity")
+    return sums, note
 
 LayerStats.save, LayerStats.load = save, staticmethod(load)
 

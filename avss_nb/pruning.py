@@ -361,12 +361,14 @@ def paired_difference(
     return pd.DataFrame({(m, o): gain(m, o) for m in measures for o in others}).T.rename_axis(["measure", "other"])
 
 # %% ../nbs/05c_healing.ipynb #125fb0de
-import hashlib, random
+import hashlib, json, random
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
+from zipfile import BadZipFile, ZipFile
 
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
@@ -425,9 +427,17 @@ def healing_loss(
 
 # %% ../nbs/05c_healing.ipynb #7872bc94
 def _last_checkpoint(out: Path) -> str | None:
-    "The newest checkpoint that was written to its end: the state of the Trainer comes last."
-    found = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.rpartition("-")[2]))
-    return str(found[-1].parent) if found else None
+    "The newest checkpoint that was written to its end: the state of the Trainer comes last. A damaged one is passed over."
+    found = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name.rpartition("-")[2]))
+    return next((str(p.parent) for p in found if _is_whole(p.parent)), None)
+
+def _is_whole(checkpoint: Path) -> bool:
+    "Whether every file of a checkpoint is as it was written."
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        load_file(checkpoint / "adapter_model.safetensors")
+        return all(ZipFile(file).testzip() is None for file in checkpoint.glob("*.pt*"))
+    except (OSError, ValueError, SafetensorError, BadZipFile): return False
 
 # %% ../nbs/05c_healing.ipynb #6045e5fa
 @contextmanager

@@ -285,7 +285,7 @@ def load_sparse(
 # %% ../nbs/12b_allocation.ipynb #d443ecab
 from datasets import Dataset
 
-from .data import batches as make_batches, stored_table
+from .data import _file_in, batches as make_batches, stored_table
 from .evaluation import answer_questions, text_losses
 from .hooks import _hidden
 from .pruning import skip_layers
@@ -436,5 +436,5 @@ def measure_plans(
     found = {}
     for name, arm in tqdm(arms.items(), desc="measuring plans", disable=not progress):
         make = lambda: _plan_items(model, tokenizer, arm, texts, questions, max_length)
-        found[name] = stored_table(Path(out) / f"{name}.csv", make, "measure") if out else make()
+        found[name] = stored_table(_file_in(out, f"{name}.csv"), make, "measure") if out else make()
     return pd.concat(found, names=["choice"])

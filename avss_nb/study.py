@@ -9,15 +9,14 @@ __all__ = ['LABELS', 'ANSWER_TABLES', 'TUNED', 'FEWEST', 'MARKERS', 'Settings', 
            'plot_tuned', 'removal_table', 'write_report', 'run_study', 'main']
 
 # %% ../nbs/30_study.ipynb #cbfa187d
-import argparse, importlib.resources, json, os, shutil, sys, warnings
-from dataclasses import asdict, dataclass, field
+import argparse, importlib.resources, json, shutil, sys, warnings
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from execnb.nbio import dict2nb, write_nb
 from execnb.shell import CaptureShell
