@@ -531,7 +531,7 @@ def run_arms(
     questions: Dataset,                                    # to learn from, with `distractors`
     arms: dict[str, list[dict] | None],                    # from `choose_arms`, or your own
     measure: Callable[[nn.Module], pd.DataFrame],          # gives what `held_out_items` gives
-    seeds: Iterable[int] = (0, 1, 2),
+    seeds: Iterable[int] = (0, 1, 2),                      # a training of each arm with each
     out: str | Path = None,                                # a folder for tables and checkpoints: a stopped run goes on there
     progress: bool = False,
     **options,                                             # of `contrastive_tune`, for all arms

@@ -415,7 +415,7 @@ def _file_in(folder: str | Path, name: str) -> Path:
     return Path(folder) / name
 
 def stored_table(path: str | Path, make: Callable[[], pd.DataFrame], index="layer") -> pd.DataFrame:
-    "The table stored at `path` as CSV, made when it is not there yet; the same to the last bit either way. ValueError naming a damaged file."
+    "The table stored at `path` as CSV with these `index` columns, got from `make` when it is not there yet; the same to the last bit either way. ValueError naming a damaged file."
     if not Path(path).exists():
         table = make()
         write_whole(path, table.to_csv)
@@ -485,7 +485,7 @@ def _loosely(answer: str) -> str:
 
 def distractor_kinds(
     answers: list[str],       # the right ones
-    distractors: list[str],
+    distractors: list[str],   # the wrong ones
 ) -> list[str]:               # `equal`, `near`, `names` or ``, one a distractor
     "How each distractor stands to the right answers: equal to one, near one, naming one within it, or apart (our reading)."
     equal, near = {_folded(a) for a in answers}, {_loosely(a) for a in answers}
@@ -594,7 +594,7 @@ QUESTIONS["sciq"] = QuestionSet("sciq", dict(test=_sciq, train=lambda folder: _s
 _SMALL = {"a", "an", "the", "of", "and", "or", "in", "on", "at", "by", "for", "to", "from", "with", "de", "la", "von", "van"}    # not written large in names
 
 def usual_name(aliases: list[str]) -> str:
-    "The alias that most others contain as whole words, plain ones before others, in its most name-like spelling (our reading)."
+    "Of `aliases` the one that most others contain as whole words, plain ones before others, in its most name-like spelling (our reading)."
     keys = [f" {_loosely(a)} " for a in aliases]
     def rank(i):
         name, words = aliases[i], aliases[i].split()

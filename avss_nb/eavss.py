@@ -73,7 +73,7 @@ class AnswerStats:
         if f"{point}.{quantity}" not in self.sums: raise ValueError(f"{point!r} was not collected with {quantity!r}: there is {', '.join(sorted(self.sums))}")
         return self.sums[f"{point}.{quantity}"].numpy()
     def select(self, rows) -> "AnswerStats":
-        "Some of the answers: a mask, numbers or a slice."
+        "Some of the answers: `rows` is a mask, numbers or a slice."
         rows = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)]
         return AnswerStats({name: t[rows] for name, t in self.sums.items()}, self.lengths[rows], self.ids[rows], self.tokens)
     def __add__(self, other: "AnswerStats") -> "AnswerStats":
@@ -441,7 +441,7 @@ def flip_labels(
     share: float,          # of the right and wrong answers, 0 to 1
     seed: int = 0,
 ) -> list:                 # labels of the same kind
-    "Labels of which a share, drawn at random, says the opposite; `empty` and `refused` stay."
+    "Labels of which a share, drawn at random, says the opposite; `empty` and `refused` stay. ValueError for a share outside 0 to 1."
     if not 0 <= share <= 1: raise ValueError(f"share lies between 0 and 1, not {share}")
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     wrong, _ = _hallucinated(labels, len(labels))

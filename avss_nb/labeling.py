@@ -86,7 +86,7 @@ def _rouge():
     return RougeScorer(["rougeL"], tokenizer=_Words())
 
 def rouge_l(prediction: str, golds: str | list[str]) -> float:
-    "ROUGE-L's F-measure (`rouge_score`, no stemming, words of any script); the best over the golds, 0 where a side has no word."
+    "ROUGE-L's F-measure (`rouge_score`, no stemming, words of any script) of a prediction; the best over the golds, 0 where a side has no word."
     return float(max(_rouge().score(g, prediction)["rougeL"].fmeasure for g in _golds(golds)))
 
 # %% ../nbs/07_labeling.ipynb #dafd9e91
@@ -445,8 +445,8 @@ def _entailment(model: nn.Module, entailment: int | str | None) -> int:
 def nli_judge(
     model: nn.Module,                           # a sequence classifier over pairs of texts
     tokenizer: PreTrainedTokenizerBase,
-    premise: str = "{question} {gold}",
-    hypothesis: str = "{question} {answer}",
+    premise: str = "{question} {gold}",         # what is given
+    hypothesis: str = "{question} {answer}",    # what is to follow from it
     entailment: int | str = None,               # name or index of the class; default the one in `config.label2id` that begins with "entail"
     batch_size: int = 32,                       # pairs a forward pass
 ) -> Callable:                                  # a judge with `batch`: the probability of entailment (one output only: its sigmoid), best over the golds
@@ -560,7 +560,7 @@ def rule_quality(
     level: float = 0.95,
 ) -> pd.DataFrame:              # one row a rule: answers `n`, `precision` and `recall` of `wrong` (NaN where there is none) with their ends, `kappa`
     """Precision and recall of each rule's `wrong` against a column of trusted labels, over the answers that both call right or wrong;
-    Wilson intervals, for answers to different questions."""
+    Wilson intervals, for answers to different questions. ValueError where there is no such column."""
     frame, rules = _labels(answers, None if rules is None else [*rules, truth])
     if truth not in rules: raise ValueError(f"no trusted labels {truth!r} in the table: label columns are {', '.join(rules)}")
     rows = {}

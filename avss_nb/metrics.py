@@ -38,7 +38,7 @@ def bin_edges() -> np.ndarray:
 
 # %% ../nbs/03_metrics.ipynb #0f80cd2e
 def share_below(hist: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """Share of values with |a| < eps from histograms (L, N_BINS) and thresholds (L,);
+    """Share of values with |a| < eps from histograms `hist` (L, N_BINS) and thresholds (L,);
     linear inside the bin, so off by at most that bin's share."""
     edges, below = bin_edges(), np.concatenate([np.zeros((len(hist), 1)), hist.cumsum(1)], axis=1)
     b = np.clip(np.searchsorted(edges, eps, side="right") - 1, 0, N_BINS - 1)
@@ -71,7 +71,7 @@ class LayerStats:
 
 # %% ../nbs/03_metrics.ipynb #cc288a45
 def save(self: LayerStats, path: str | Path):
-    "Write as safetensors; the file appears whole or not at all."
+    "Write as safetensors; the file appears whole or not at all. OSError naming the path."
     data = to_bytes({name: tensor.contiguous() for name, tensor in self.sums.items()},
                     metadata=dict(format="avss_nb.LayerStats", version="1"))
     if not Path(path).parent.is_dir(): raise OSError(f"cannot write {path}: there is no folder {Path(path).parent}")
@@ -134,7 +134,7 @@ def collect_stats(
     reduce: Iterable[str] = ("elements",),                      # which sums to keep, of `REDUCTIONS`
     progress: bool = False,                                     # show a progress bar
 ) -> LayerStats:                                                # sums over all counted tokens, float64, on the CPU
-    "Layer statistics in one pass and constant memory; FloatingPointError names the first layer that is not finite."
+    "Layer statistics in one pass and constant memory. ValueError for an unknown reduction or no token, FloatingPointError naming the first layer that is not finite."
     reduce = tuple(reduce)
     if unknown := set(reduce) - set(REDUCTIONS):
         raise ValueError(f"unknown reduction {unknown.pop()!r}: known are {', '.join(REDUCTIONS)}")
@@ -204,7 +204,7 @@ def sparsity(
     tau: float = 0.05,                  # without `eps`: ε = τ·RMS of the layer, τ > 0
 ) -> pd.Series:                         # per layer, between 0 and 1
     """S: share of activations with |a| < ε (AVSS, eq. for S(L_i); the relative threshold is our reading).
-    A layer that is zero throughout has S = 1."""
+    A layer that is zero throughout has S = 1. ValueError for a threshold that is not above zero."""
     _check_reduce(reduce)
     if not (eps if eps is not None else tau) > 0:
         raise ValueError("the threshold must be above zero, "

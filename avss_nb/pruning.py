@@ -76,13 +76,15 @@ class PassThrough(nn.Module):
         # not a sub-module: its parameters are out
         self.__dict__["block"] = getattr(block, "block", block) if isinstance(block, PassThrough) else block
         self.hidden, self.rest = hidden, rest or None
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "PassThrough":
+        "As of any module; the block it stands for goes along."
         self.block.train(mode)
         return super().train(mode)
     def __getattr__(self, name: str):
         try: return super().__getattr__(name)
         except AttributeError: return getattr(self.__dict__["block"], name)
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
+        "The block's input (B, T, d), or the given states, in the form in which the block gives its output."
         x = _input(args, kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache): self._tell(value, x)
@@ -349,7 +351,7 @@ def paired_difference(
     seed: int = 0,
 ) -> pd.DataFrame:            # index (measure, other): `difference, low, high`
     """By how much one choice does better than others, over the same items, with percentile intervals by the paired
-    bootstrap: accuracy for questions and sentiment, minus the log of the perplexities' ratio for text."""
+    bootstrap: accuracy for questions and sentiment, minus the log of the perplexities' ratio for text. ValueError for different items."""
     def gain(measure: str, other: str) -> dict:
         a, b = items.loc[(one, measure)], items.loc[(other, measure)]
         if a.item.tolist() != b.item.tolist(): raise ValueError(f"{one} and {other} were measured on different items")
