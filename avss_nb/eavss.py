@@ -163,7 +163,7 @@ def _load(path: str | Path) -> AnswerStats:
     try: ids, tokens = json.loads(note["ids"]), note["tokens"]
     except (ValueError, KeyError): ids = tokens = None
     n = len(lengths) if lengths.ndim == 1 and lengths.dtype == torch.int64 else -1
-    if not sums or tokens not in TOKENS or not isinstance(ids, list) or len(ids) != n or len({t.shape[:2] for t in sums.values()}) != 1 or any(t.ndim < 2 or len(t) != n for t in sums.values()):
+    if not sums or not {name.partition(".")[0] for name in sums} <= set(POINTS) or tokens not in TOKENS or not isinstance(ids, list) or len(ids) != n or len({t.shape[:2] for t in sums.values()}) != 1 or any(t.ndim < 2 or len(t) != n for t in sums.values()):
         raise ValueError(f"{path} is damaged, get or make it again: its sums, lengths and ids are not of the same answers")
     return AnswerStats(sums, lengths.numpy(), ids, tokens)
 

@@ -89,7 +89,7 @@ def _read_sums(path: str | Path, kind: str, of: str, beside: tuple[str, ...] = (
         with safe_open(path, framework="pt") as file: sums, note = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, RuntimeError, TypeError) as error: raise ValueError(f"{path} is damaged or no safetensors file, get or make it again: {error}") from None
     if note.get("format") != f"avss_nb.{kind}": raise ValueError(f"{path} holds no {of} statistics")
-    if odd := [n for n, t in sums.items() if n not in beside and (n.partition(".")[0] not in POINTS or not t.ndim)] or [n for n in beside if n not in sums] or (not sums and ["nothing"]):
+    if odd := [n for n, t in sums.items() if n not in beside and ("." not in n or not t.ndim)] or [n for n in beside if n not in sums] or (not sums and ["nothing"]):
         raise ValueError(f"{path} is damaged, get or make it again: it is not to have, or lacks, {odd[0]!r}")
     if wild := [n for n, t in sums.items() if not torch.isfinite(t).all()]: raise ValueError(f"{path} is damaged, get or make it again: {wild[0]!r} holds NaN or infinity")
     return sums, note
