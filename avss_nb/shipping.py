@@ -40,6 +40,7 @@ def _check_score(score: str):
 def _save(small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, batch: dict):
     "Save, reload with the library alone, and compare; OSError or RuntimeError where the folder is not what it should be."
     shutil.rmtree(folder, ignore_errors=True)
+    if tokenizer.is_fast: tokenizer.backend_tokenizer.no_truncation(); tokenizer.backend_tokenizer.no_padding()     # what the last call asked for is not the model's
     try:
         for part in (small, tokenizer): part.save_pretrained(folder)
     except OSError as error: raise OSError(f"cannot write {folder}: {error.strerror or error}") from None
