@@ -105,11 +105,17 @@ def told_or_same(work, folder: Path, wanted: dict[str, bytes], spoilt: str) -> b
     return told
 
 
-@pytest.fixture
-def quick(model_folder, monkeypatch):
-    "A study whose data and model are at hand."
+@pytest.fixture(scope="module")
+def at_hand(model_folder):
+    "Settings, data and model of a study."
     wanted = avss_nb.study.Settings(model=str(model_folder), **SMALL)
-    data, parts = study_data(wanted), load_model(model_folder, device="cpu")
+    return wanted, study_data(wanted), load_model(model_folder, device="cpu")
+
+
+@pytest.fixture
+def quick(at_hand, monkeypatch):
+    "A study whose data and model are at hand."
+    wanted, data, parts = at_hand
     monkeypatch.setattr(avss_nb.study, "study_data", lambda settings: data)
     monkeypatch.setattr(avss_nb.study, "load_model", lambda *args, **options: parts)
     return wanted
