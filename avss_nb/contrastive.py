@@ -8,7 +8,7 @@ __all__ = ['POOLINGS', 'OBJECTIVES', 'info_nce', 'triplet_loss', 'prototype_loss
 # %% ../nbs/10_contrastive.ipynb #a08fd8aa
 import hashlib, inspect, json, shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +22,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .data import QUESTION, batch_rows, claim_folder, distractor_kinds
-from .evaluation import _of, is_causal
+from .evaluation import is_causal
 from .hooks import _hidden, _input, model_inputs, read_activations
 from .models import blocks
 from .pruning import PassThrough, _adapted, _arguments, _in_place_of, _last_checkpoint, _own_dice, check_layers
@@ -442,10 +442,10 @@ def contrastive_score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, answ
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from .data import batches, stored_table
+from .data import _file_in, batches, stored_table
 from .detection import _first
 from .evaluation import average_precision, classify, multiple_choice, option_logprobs, reciprocal_rank, text_losses
-from .labeling import _no_answer, exact_match, generate_answers, label_answers, token_f1
+from .labeling import exact_match, generate_answers, label_answers, token_f1
 
 # %% ../nbs/10b_arms.ipynb #75556036
 def choose_arms(
@@ -494,7 +494,7 @@ def held_out_items(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     tests: dict[str, Dataset],             # held-out questions by set
-    texts: Iterable[str] = (),             # running text
+    texts: Sequence[str] = (),             # running text
     sentences: Dataset = None,             # with labels of sentiment
     rules: dict = {},                      # set -> rule or judge of `label_answers`; default `alias`; None: no answers in own words
     best_only: Iterable[str] = None,       # sets of which the first right answer alone is an option; default all but truthfulqa and wikiqa
@@ -531,7 +531,7 @@ def run_arms(
     questions: Dataset,                                    # to learn from, with `distractors`
     arms: dict[str, list[dict] | None],                    # from `choose_arms`, or your own
     measure: Callable[[nn.Module], pd.DataFrame],          # gives what `held_out_items` gives
-    seeds: Iterable[int] = (0, 1, 2),
+    seeds: Iterable[int] = (0, 1, 2),                      # a training of each arm with each
     out: str | Path = None,                                # a folder for tables and checkpoints: a stopped run goes on there
     progress: bool = False,
     **options,                                             # of `contrastive_tune`, for all arms
@@ -540,8 +540,9 @@ def run_arms(
     runs, own_words = _runs(arms, list(seeds), options, len(blocks(model))), {k: options[k] for k in ("negatives", "template", "end") if k in options}
     for own in filter(None, runs.values()): _check(model, tokenizer, questions, **own)
     rows, _ = contrast_rows(tokenizer, questions, **own_words)
+    tables = {key: _file_in(out, f"{key[0].replace(' ', '-')}-{key[1]}.csv") for key in runs} if out else {}
+    if len({*tables.values()}) < len(tables): raise ValueError(f"two of the arms {', '.join(arms)} have the same file: give them other names")
     if out: out = claim_folder(out, dict(runs={"/".join(k): o and {n: v for n, v in o.items() if n != "on_step"} for k, o in runs.items()}, rows=_rows_key(rows)), "arms.json")
-    tables = {key: out / f"{key[0].replace(' ', '-')}-{key[1]}.csv" for key in runs} if out else {}
     firsts, prefix, found = [min(o["layers"]) for k, o in runs.items() if o and not (out and tables[k].exists())], None, {}
     for key, own in tqdm(runs.items(), desc="arms", disable=not progress):
         folder = out / "training" / tables[key].stem if out else None

@@ -6,7 +6,7 @@
 __all__ = ['QUESTION', 'SENTENCE', 'QUESTIONS', 'SENTENCES', 'TEXTS', 'read_rows', 'data_folder', 'load_questions', 'load_sentences', 'load_text', 'Batches', 'batch_rows', 'batches', 'write_whole', 'stored_table', 'check_folder', 'claim_folder', 'question_key', 'distractor_kinds', 'QuestionSet', 'usual_name', 'count_questions', 'halves']
 
 # %% ../nbs/01_data.ipynb #c4ff8978
-import csv, hashlib, importlib.resources, json, os, platform, shutil, tempfile, unicodedata
+import csv, hashlib, importlib.resources, io, json, os, platform, shutil, tempfile, unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -153,13 +153,15 @@ def _objects(file: Path, lines: bool, inside: str | None) -> Iterator[tuple[str,
     "(place, row) of each JSON object, one a line or the members of a whole; ValueError naming the line that is no JSON."
     def parse(text, first=1):
         try: return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {first + error.lineno - 1} is not JSON: {error.msg}; get the file again") from None
+        except (ValueError, RecursionError) as error:      # a number of thousands of digits, brackets within thousands of brackets
+            line = first + getattr(error, "lineno", 1) - 1
+            raise ValueError(f"{file}, line {line} is not JSON: {getattr(error, 'msg', error)}; get the file again") from None
     text = _decoded(file)
     if lines: return ((f"line {i}", parse(line, i)) for i, line in enumerate(text.split("\n"), 1) if line.strip())
     whole = parse(text)
     if inside: whole = _checked(whole, {inside: list}, file, "the top")[inside]
     if isinstance(whole, list): return ((f"entry {i}", row) for i, row in enumerate(whole))
+    if not isinstance(whole, dict): raise ValueError(f"{file} holds a {type(whole).__name__}, not rows: get the file again")
     return ((f"entry {k!r}", dict(row, key=k) if isinstance(row, dict) else row) for k, row in whole.items())
 
 # %% ../nbs/01_data.ipynb #582a7288
@@ -201,9 +203,9 @@ def data_folder(path: str | Path = None) -> Path | None:
     """The folder of benchmark files: `path`, else `AVSS_NB_DATA`, else None;
     FileNotFoundError when the one named is not there."""
     folder = path or os.environ.get("AVSS_NB_DATA")
-    if folder and not Path(folder).expanduser().exists():
+    if folder and not os.path.exists(os.path.expanduser(folder)):
         raise FileNotFoundError(f"no data folder at {folder}: see AVSS_NB_DATA")
-    return Path(folder).expanduser() if folder else None
+    return Path(os.path.expanduser(folder)) if folder else None
 
 def _local(folder: Path | None, name: str) -> Path | None:
     "A file of the data folder, or None where it is not there."
@@ -407,12 +409,22 @@ def write_whole(path: str | Path, write: Callable[[Path], None]):   # `write` ge
     finally:
         if part.exists(): part.unlink()
 
+def _file_in(folder: str | Path, name: str) -> Path:
+    "The place of a file in a folder; ValueError for a name that leads elsewhere."
+    if Path(name).name != name or "\0" in name: raise ValueError(f"{name!r} cannot be a file of {folder}: choose a name without a path in it")
+    return Path(folder) / name
+
 def stored_table(path: str | Path, make: Callable[[], pd.DataFrame], index="layer") -> pd.DataFrame:
-    "The table stored at `path` as CSV, made when it is not there yet; the same to the last bit either way."
+    "The table stored at `path` as CSV with these `index` columns, got from `make` when it is not there yet; the same to the last bit either way. ValueError naming a damaged file."
     if not Path(path).exists():
         table = make()
         write_whole(path, table.to_csv)
-    return pd.read_csv(path, index_col=index, dtype=dict(removes=str))
+    try:
+        text = Path(path).read_bytes().decode()
+        if not text.endswith("\n") or "\0" in text or len({len(row) for row in csv.reader(io.StringIO(text, newline=""))}) > 1: raise ValueError
+        return pd.read_csv(path, index_col=index, dtype=dict(removes=str))
+    except (ValueError, IndexError, KeyError, TypeError, csv.Error):     # pandas' own, of a table that is none
+        raise ValueError(f"{path} is damaged, or another table: delete it, and it is made again") from None
 
 # %% ../nbs/01_data.ipynb #9a55e211
 def check_folder(out: str | Path, settings: dict, note: str = "settings.json"):
@@ -421,11 +433,12 @@ def check_folder(out: str | Path, settings: dict, note: str = "settings.json"):
     out, settings = Path(out), json.loads(json.dumps(settings))
     if (out / note).exists():
         try: kept = json.loads((out / note).read_text(encoding="utf-8"))["settings"]
-        except (ValueError, KeyError): raise ValueError(f"{out / note} is damaged: delete {out}, or choose another folder") from None
-        if other := {k: v for k, v in kept.items() if settings.get(k) != v}:
+        except (ValueError, KeyError, TypeError, RecursionError): kept = None
+        if not isinstance(kept, dict): raise ValueError(f"{out / note} is damaged: delete {out}, or choose another folder")
+        if other := {k: v for k, v in kept.items() if k not in settings or settings[k] != v}:
             raise ValueError(f"{out} holds a run with {', '.join(f'{k}={v!r}' for k, v in other.items())}: "
                              "choose another folder, or delete it")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(p.name != f"{note}.part" for p in out.iterdir())):     # that one: killed while it was written
         raise ValueError(f"{out} exists and holds something else: choose another folder")
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     try: tempfile.TemporaryFile(dir=there).close()
@@ -472,7 +485,7 @@ def _loosely(answer: str) -> str:
 
 def distractor_kinds(
     answers: list[str],       # the right ones
-    distractors: list[str],
+    distractors: list[str],   # the wrong ones
 ) -> list[str]:               # `equal`, `near`, `names` or ``, one a distractor
     "How each distractor stands to the right answers: equal to one, near one, naming one within it, or apart (our reading)."
     equal, near = {_folded(a) for a in answers}, {_loosely(a) for a in answers}
@@ -581,7 +594,7 @@ QUESTIONS["sciq"] = QuestionSet("sciq", dict(test=_sciq, train=lambda folder: _s
 _SMALL = {"a", "an", "the", "of", "and", "or", "in", "on", "at", "by", "for", "to", "from", "with", "de", "la", "von", "van"}    # not written large in names
 
 def usual_name(aliases: list[str]) -> str:
-    "The alias that most others contain as whole words, plain ones before others, in its most name-like spelling (our reading)."
+    "Of `aliases` the one that most others contain as whole words, plain ones before others, in its most name-like spelling (our reading)."
     keys = [f" {_loosely(a)} " for a in aliases]
     def rank(i):
         name, words = aliases[i], aliases[i].split()
@@ -701,7 +714,7 @@ def count_questions(
     sets = {name: s for name, s in QUESTIONS.items() if isinstance(s, QuestionSet)}
     names, table = [names] if isinstance(names, str) else names or list(sets), {}
     if unknown := [name for name in names if name not in sets]: raise ValueError(f"no benchmark set: {', '.join(unknown)}; known are {', '.join(sets)}")
-    for name, part in ((name, part) for name in names for part in sets[name].parts):
+    for name, part in [(n, p) for n in names for p in sets[n].parts]:
         rows, counts = sets[name].tidy(part, data_folder(path))
         table[name, part] = _counted(rows, counts)
     table = pd.DataFrame(table).T.rename_axis(["set", "part"])

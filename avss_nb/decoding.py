@@ -44,7 +44,7 @@ def contrast(
 # %% ../nbs/11_decoding.ipynb #aa6fb15b
 def jensen_shannon(
     logp: torch.Tensor,   # (..., V) log-probabilities, nats
-    logq: torch.Tensor,
+    logq: torch.Tensor,   # the same of the other distribution
 ) -> torch.Tensor:        # (...) nats, 0 to log 2
     "Jensen–Shannon divergence H((p + q)/2) − (H(p) + H(q))/2."
     p, q = logp.exp(), logq.exp()

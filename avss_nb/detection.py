@@ -222,8 +222,8 @@ def answer_states(
     at: str | Sequence[str] = "last",    # "last" answer token, "mean" over answer tokens; several in one pass
     point: str = "output",               # reading point of `avss_nb.hooks`
     batch_size: int = 16,
-) -> np.ndarray:   # (answers, layers, width) float32, NaN for an answer without a token; a dict of them for several `at`
-    "Hidden states of answers at every layer; FloatingPointError naming layer and answer of a state that is not finite."
+) -> np.ndarray | dict[str, np.ndarray]:   # (answers, layers, width) float32, NaN for an answer without a token; a dict of them for several `at`
+    "Hidden states of answers at every layer. ValueError for another `at`, or answers without a token; FloatingPointError naming layer and answer of a state that is not finite."
     table, kinds = _table(answers, ("prompt_tokens", "answer_tokens")), [at] if isinstance(at, str) else list(at)
     if unknown := [k for k in kinds if k not in ("last", "mean")]: raise ValueError(f"at is 'last' or 'mean', not {unknown[0]!r}")
     lengths, found = torch.tensor([len(a) for a in table.answer_tokens]), {}
@@ -360,7 +360,7 @@ def eavss_detector(
     k: int = 3,                   # layers
     ranking: Ranking = None,      # which layers; default `eavss_ranking`
 ) -> Detector:
-    "Mean over the k first layers of the standardised feature, turned so that hallucinated is higher; layers, scale and direction from train alone."
+    "Mean over the k first layers of the standardised feature, turned so that hallucinated is higher; layers, scale and direction from train alone. ValueError for labels of other answers, or a k that is out of range."
     features, (wrong, kept) = np.asarray(features, float), _judged(labels)
     if len(features) != len(wrong): raise ValueError(f"{len(features)} answers with features, and {len(wrong)} labels")
     if not 1 <= k <= features.shape[1]: raise ValueError(f"k is between 1 and {features.shape[1]}, the number of layers, not {k}")
@@ -481,7 +481,7 @@ def ranking_value(
     known = np.stack(columns, 1)
     if not 1 <= k <= x.shape[1]: raise ValueError(f"k is between 1 and {x.shape[1]}, the number of layers, not {k}")
     _all_finite(np.hstack([known, x]), rows)
-    rankings = ranking if isinstance(ranking, dict) else {"eavss": ranking or eavss_ranking(x, labels)}
+    rankings = ranking if isinstance(ranking, dict) else {"eavss": eavss_ranking(x, labels) if ranking is None else ranking}
     sets = None if sets is None else pd.Series(list(sets)).to_numpy(object)
     draws, rng, found, chosen = _draws(groups, n_resamples, seed), np.random.default_rng(seed), {}, {}
     parts = _parts(wrong, rows, groups, sets, seeds)

@@ -16,7 +16,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from scipy import sparse, stats as sps
 from torch import nn
@@ -25,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import batch_rows, write_whole
 from .hooks import POINTS, _check_points, read_activations, run_blocks
-from .metrics import EXACT_EPS, MANTISSA_BITS, N_BINS, LayerStats, _series, bin_edges, magnitude_bins
+from .metrics import EXACT_EPS, MANTISSA_BITS, N_BINS, LayerStats, _read_sums, _series, bin_edges, magnitude_bins
 from .models import blocks
 
 # %% ../nbs/08_eavss.ipynb #b73b710c
@@ -74,7 +73,7 @@ class AnswerStats:
         if f"{point}.{quantity}" not in self.sums: raise ValueError(f"{point!r} was not collected with {quantity!r}: there is {', '.join(sorted(self.sums))}")
         return self.sums[f"{point}.{quantity}"].numpy()
     def select(self, rows) -> "AnswerStats":
-        "Some of the answers: a mask, numbers or a slice."
+        "Some of the answers: `rows` is a mask, numbers or a slice."
         rows = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)]
         return AnswerStats({name: t[rows] for name, t in self.sums.items()}, self.lengths[rows], self.ids[rows], self.tokens)
     def __add__(self, other: "AnswerStats") -> "AnswerStats":
@@ -92,7 +91,7 @@ def _thresholds(self: AnswerStats, point: str = "relative_update",
     if not (np.asarray(value) > 0).all(): raise ValueError(f"the threshold must be above zero, not {chosen}={value}")
     rms = np.sqrt(self.get(point, "sumsq")[rows].sum(0) / self.get(point, "count")[rows].sum(0))
     found = np.broadcast_to(np.asarray(eps, float), rms.shape) if eps is not None else tau * rms
-    if (outside := np.flatnonzero((rms > 0) & ((found < 2.**LOWEST) | (found > 2.**HIGHEST)))).size:
+    if (outside := np.flatnonzero(~np.isfinite(found) | (rms > 0) & ((found < 2.**LOWEST) | (found > 2.**HIGHEST)))).size:
         raise ValueError(f"the threshold {found[outside[0]]:.2g} of layer {outside[0]} at {point!r} lies outside of what the histogram resolves "
                          f"({2.**LOWEST:.2g} to {2.**HIGHEST:.0f}): choose another {chosen}")
     return found
@@ -159,13 +158,14 @@ def _save(self: AnswerStats, path: str | Path):
 
 def _load(path: str | Path) -> AnswerStats:
     "Read what `save` wrote; ValueError for a file that is something else or was cut short."
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata() or {}
-            if note.get("format") != "avss_nb.AnswerStats": raise ValueError(f"{path} holds no answer statistics")
-            sums = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error: raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
-    return AnswerStats(sums, sums.pop("lengths").numpy(), json.loads(note["ids"]), note["tokens"])
+    sums, note = _read_sums(path, "AnswerStats", "answer", ("lengths",))
+    lengths = sums.pop("lengths")
+    try: ids, tokens = json.loads(note["ids"]), note["tokens"]
+    except (ValueError, KeyError): ids = tokens = None
+    n = len(lengths) if lengths.ndim == 1 and lengths.dtype == torch.int64 else -1
+    if not sums or not {name.partition(".")[0] for name in sums} <= set(POINTS) or tokens not in TOKENS or not isinstance(ids, list) or len(ids) != n or len({t.shape[:2] for t in sums.values()}) != 1 or any(t.ndim < 2 or len(t) != n for t in sums.values()):
+        raise ValueError(f"{path} is damaged, get or make it again: its sums, lengths and ids are not of the same answers")
+    return AnswerStats(sums, lengths.numpy(), ids, tokens)
 
 AnswerStats.save, AnswerStats.load = _save, staticmethod(_load)
 
@@ -207,7 +207,7 @@ def answer_stats(
     max_tokens: int = None,                                  # positions a batch, padding included; replaces `batch_size`
     padding_side: str = None,                                # "left" or "right"; default: the tokenizer's
     progress: bool = False,
-) -> AnswerStats:                                            # or a tuple of them
+) -> AnswerStats | tuple[AnswerStats, ...]:                 # a tuple where `tokens` is one
     """Statistics of every answer over its own tokens, in one pass. ValueError names an answer without tokens or a missing column,
     FloatingPointError the first layer that is not finite."""
     kinds = (tokens,) if isinstance(tokens, str) else tuple(tokens)
@@ -316,8 +316,8 @@ def _contrast(name, stats, labels, mode, point, eps, tau, groups, within, delta)
     if mode not in MODES: raise ValueError(f"unknown mode {mode!r}: known are {', '.join(MODES)}")
     design = _Design(stats, labels, groups, within)
     sums = _group_sums(stats, design.rows, point, eps, tau)
-    sides = (np.einsum("rn,nql->rql", w, sums)[0] for w in design.weights(np.ones((1, len(design.rows)))))
-    found = _series(_readings(*sides, mode, delta)[name], name)
+    wrong, right = (np.einsum("rn,nql->rql", w, sums)[0] for w in design.weights(np.ones((1, len(design.rows)))))
+    found = _series(_readings(wrong, right, mode, delta)[name], name)
     found.attrs["counts"] = design.counts
     return found
 
@@ -441,7 +441,7 @@ def flip_labels(
     share: float,          # of the right and wrong answers, 0 to 1
     seed: int = 0,
 ) -> list:                 # labels of the same kind
-    "Labels of which a share, drawn at random, says the opposite; `empty` and `refused` stay."
+    "Labels of which a share, drawn at random, says the opposite; `empty` and `refused` stay. ValueError for a share outside 0 to 1."
     if not 0 <= share <= 1: raise ValueError(f"share lies between 0 and 1, not {share}")
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     wrong, _ = _hallucinated(labels, len(labels))

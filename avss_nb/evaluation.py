@@ -57,7 +57,7 @@ def _predicted(batch: dict) -> torch.Tensor:
 def row_losses(
     model: nn.Module,
     batch: dict,
-    grad: bool = False,
+    grad: bool = False,   # with gradients
 ) -> tuple[torch.Tensor, torch.Tensor]:   # (B,) float64 summed loss of each row in nats, (B,) predictions in it
     "The language-model loss of each row of a batch; ValueError as in `token_losses`."
     return token_losses(model, batch, grad).sum(1, dtype=torch.float64).cpu(), _predicted(batch).sum(1)
@@ -173,8 +173,8 @@ def option_logprobs(
 
 # %% ../nbs/04_evaluation.ipynb #ba362515
 def choose(table: pd.DataFrame) -> pd.DataFrame:
-    """Per item from `option_logprobs` with the gold as option 0: `correct` (strictly best)
-    and `tied` with the best distractor."""
+    """Per item of the `table` from `option_logprobs` with the gold as option 0: `correct` (strictly best)
+    and `tied` with the best distractor. ValueError naming a question without a distractor."""
     gold = table[table.option == 0].set_index("item").logprob
     wrong = table[table.option > 0].groupby("item").logprob.max()
     if missing := sorted(set(gold.index) - set(wrong.index)):
@@ -188,7 +188,7 @@ def answer_questions(
     template: str = "Question: {question}\nAnswer:",
     **options,
 ) -> pd.DataFrame:                                       # per question: `correct` (0 or 1), `tied`
-    "Choose between the first right answer and the distractors of each question."
+    "Choose between the first right answer and the distractors of each question; errors as in `choose`."
     prompts = [template.format(question=q) for q in questions["question"]]
     choices = [[f" {o}" for o in (answers[0], *wrong)]
                for answers, wrong in zip(questions["answers"], questions["distractors"])]
@@ -231,8 +231,8 @@ class LinearProbe:
             return (hidden * counted.to(hidden.device)).sum(1) / counted.sum(1).clamp_min(1).to(hidden.device)
     def _logits(self, model: nn.Module, batch: dict, grad: bool = False) -> torch.Tensor:
         return self._states(model, batch, grad).cpu() @ self.weight.T + self.bias
-    def losses(self, model: nn.Module, batch: dict, grad: bool = False, labels: torch.Tensor = None):
-        "Cross-entropy of each row in nats (B,) float64, and ones; `labels` of other texts than those fitted to."
+    def losses(self, model: nn.Module, batch: dict, grad: bool = False, labels: torch.Tensor = None) -> tuple[torch.Tensor, torch.Tensor]:
+        "Cross-entropy of each row in nats (B,) float64, and ones; `labels` of other texts than those fitted to; `grad`: with gradients."
         logits = self._logits(model, batch, grad)
         target = (self.labels if labels is None else torch.as_tensor(labels))[batch["index"]]
         return F.cross_entropy(logits, target, reduction="none").double(), torch.ones(len(target), dtype=torch.int64)
@@ -261,7 +261,7 @@ def retention_interval(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:   # retention, lower and upper end
-    "Retention with a percentile interval by the paired bootstrap over items."
+    "Retention with a percentile interval by the paired bootstrap over items. ValueError for different questions."
     before, after = np.asarray(before, float), np.asarray(after, float)
     if before.shape != after.shape:
         raise ValueError(f"the two models answered different questions: {before.shape} and {after.shape}")
@@ -287,7 +287,7 @@ def perplexity_retention(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:   # old/new perplexity, lower and upper end
-    "Old over new perplexity with a percentile interval by the paired bootstrap over texts."
+    "Old over new perplexity with a percentile interval by the paired bootstrap over texts. ValueError for different texts."
     if not before.tokens.equals(after.tokens): raise ValueError("the two models were measured on different texts")
     ratio = lambda b, a, n, axis=-1: np.exp((b.sum(axis) - a.sum(axis)) / n.sum(axis))
     data = tuple(np.asarray(x, float) for x in (before.nll, after.nll, before.tokens))
@@ -454,7 +454,7 @@ def evaluate_tasks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     tasks: str | list[str],
-    limit: int = None,
+    limit: int = None,         # items of each task; default all
     **options,                 # of `task_items`
 ) -> pd.DataFrame:             # as `summarize_tasks`
     "What a model scores on lm-eval's tasks, with intervals; errors as in `task_items`."
@@ -514,7 +514,7 @@ def calibration(
 # %% ../nbs/05b_calibration.ipynb #fda66dd2
 def multiple_choice(
     true_logprobs: Iterable[float],    # summed log-probability of each true answer, nats
-    false_logprobs: Iterable[float],
+    false_logprobs: Iterable[float],   # and of each false one
     best: int = 0,                     # which of the true ones is the best answer
 ) -> dict[str, float]:                 # `mc1` (0 or 1), `mc2`, `mc3` (0 to 1)
     "TruthfulQA's scores of one question; a tie is not right. ValueError where a log-probability is not finite or a side is empty."

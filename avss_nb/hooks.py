@@ -43,6 +43,7 @@ def _first(block: nn.Module, *paths: str) -> nn.Module | None:
     for path in paths:
         try: return block.get_submodule(path)
         except AttributeError: pass
+    return None
 
 def _down_projection(mlp: nn.Module) -> nn.Module | None:
     "The last linear map (nn.Linear or GPT-2's Conv1D) inside an MLP, or the module itself when it is one."
@@ -63,7 +64,7 @@ def sublayers(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if module is not None}
 
 def sublayer(block: nn.Module, name: str, layer: int) -> nn.Module:
-    "One of `sublayers`; ValueError, naming the block's class and its parts, when this one cannot be told."
+    "One of `sublayers` by its name; ValueError, naming the block's class and its parts, when this one cannot be told."
     if (part := sublayers(block).get(name)) is None:
         raise ValueError(f"no {name!r} found in {type(block).__name__} (layer {layer}): "
                          f"its parts are {[n for n, _ in block.named_children()]}")
@@ -80,12 +81,14 @@ class ActivationReader:
          self.handles) = blocks(model), _check_points(points), on_activation, []
         self.shape = None   # (B, T) of the block that runs: some families flatten it inside
     def attach(self):
+        "Hook every block."
         for layer, block in enumerate(self.blocks):
             if set(self.points) & set(_OF_STREAM):
                 self.handles.append(block.register_forward_hook(self._block_hook(layer), with_kwargs=True))
             for point in ("attention", "mlp", "mlp_hidden"):
                 if point in self.points: self._attach_part(layer, block, point)
     def remove(self):
+        "Take every hook off."
         while self.handles: self.handles.pop().remove()
     def _note_shape(self, block, args, kwargs): self.shape = _input(args, kwargs).shape[:2]
     def _send(self, layer: int, point: str, tensor: torch.Tensor):
@@ -166,7 +169,7 @@ def _counts_positions_itself(model: nn.Module) -> bool:
 def run_blocks(
     model: nn.Module,   # a transformers model, with or without a head
     batch: dict,        # from `avss_nb.data.batches`
-):
+):                      # what the model without its head returns
     "One forward pass through the blocks, without the output head, without gradients and without a cache."
     body = getattr(model, "base_model", model)
     with torch.no_grad(): return body(**model_inputs(body, batch))

@@ -128,7 +128,7 @@ def angular_distance(
     progress: bool = False,
 ) -> pd.Series:             # per first layer of such a run: 0 to 1; the run at the minimum can go
     """Angle, over π, between the stream before and after n consecutive blocks, mean over the last counted tokens of the
-    texts (The Unreasonable Ineffectiveness of the Deeper Layers, eq. 7)."""
+    texts (The Unreasonable Ineffectiveness of the Deeper Layers, eq. 7). ValueError for an n that is out of range, or no text."""
     m, last, ends = len(blocks(model)), None, [[] for _ in range(len(blocks(model)) + 1)]
     if not 1 <= n <= m: raise ValueError(f"n must lie between 1 and the number of layers {m}, not {n}")
     def add(layer: int, point: str, a: torch.Tensor):
@@ -182,7 +182,7 @@ def taylor(
     progress: bool = False,
 ) -> pd.Series:   # per layer, nats a token
     """Σ|W ⊙ ∂L/∂W| of each block, L the mean loss over all batches (Shortened LLaMA, Taylor+ without its weighting).
-    Gradients and `requires_grad` are left as they were."""
+    Gradients and `requires_grad` are left as they were. ValueError for nothing to predict, or weights that are quantised or offloaded; FloatingPointError naming a layer."""
     _check_weights(model, "taylor")
     if any(p.is_meta for p in model.parameters()): raise ValueError("taylor needs the gradients of weights that are in memory, and some are offloaded")
     units, pile, n = _units(model, units), blocks(model), 0
@@ -294,7 +294,7 @@ def sleb(
     progress: bool = False,
 ) -> list[int | str]:                    # in the order removed
     """Greedy removal: each round takes the layer without which the loss of what is left is least (SLEB, algorithm 1).
-    The race, by paired differences over the texts read so far, is ours."""
+    The race, by paired differences over the texts read so far, is ours. ValueError for no text, or an n that is out of range."""
     units, gone, held = _units(model, units), [], [(batch, None) for batch in batches]
     if not held: raise ValueError("there is no text: the batches are empty")
     if not 1 <= n < len(units): raise ValueError(f"n must lie between 1 and {len(units) - 1}, not {n}")
@@ -338,7 +338,7 @@ def shapley(
     progress: bool = False,
 ) -> pd.DataFrame:              # one row a layer: `shapley` (nats a token) and its standard error `se`
     """Shapley value of each layer in the game whose value is minus the mean loss with the layers present (arXiv 2409.14381;
-    the bound, truncation and antithetic orders are ours). The values add up to v(all) − v(none)."""
+    the bound, truncation and antithetic orders are ours). The values add up to v(all) − v(none). ValueError for no text, or a single pair of orders."""
     units, start = _units(model, units), [_Pass(model, batch, loss) for batch in batches]
     if not start: raise ValueError("there is no text: the batches are empty")
     if n_pairs == 1: raise ValueError("a standard error needs at least two pairs of orders")

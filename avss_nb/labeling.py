@@ -86,7 +86,7 @@ def _rouge():
     return RougeScorer(["rougeL"], tokenizer=_Words())
 
 def rouge_l(prediction: str, golds: str | list[str]) -> float:
-    "ROUGE-L's F-measure (`rouge_score`, no stemming, words of any script); the best over the golds, 0 where a side has no word."
+    "ROUGE-L's F-measure (`rouge_score`, no stemming, words of any script) of a prediction; the best over the golds, 0 where a side has no word."
     return float(max(_rouge().score(g, prediction)["rougeL"].fmeasure for g in _golds(golds)))
 
 # %% ../nbs/07_labeling.ipynb #dafd9e91
@@ -211,10 +211,13 @@ def _cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: tuple[str,
 # %% ../nbs/07_labeling.ipynb #41a99e61
 class _Chunks:
     "Rows kept in a folder, a file a chunk; ValueError for a folder of other settings or a damaged file."
-    def __init__(self, folder: str | Path | None, settings: dict): self.folder = folder and claim_folder(folder, settings)
+    def __init__(self, folder: str | Path | None, settings: dict): self.folder = claim_folder(folder, settings) if folder else None
     def _read(self, file: Path) -> list[dict]:
-        try: return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        except ValueError: raise ValueError(f"{file} is damaged: delete it, and it is made again") from None
+        text = file.read_bytes()
+        try: rows = [json.loads(line) for line in text.decode().splitlines()] if text.endswith(b"\n") else []
+        except (ValueError, RecursionError): rows = []
+        if not rows or not all(isinstance(r, dict) and r.keys() == ANSWER.keys() for r in rows): raise ValueError(f"{file} is damaged: delete it, and it is made again")
+        return rows
     def __call__(self, number: int, make: Callable[[], list[dict]]) -> list[dict]:
         if self.folder is None: return make()
         file = self.folder / f"{number:05}.jsonl"
@@ -380,7 +383,8 @@ def _by_judge(judge: Callable, name: str, rows: list[dict], out: Path | None, ba
     kept = dict(judge=name, verdicts={})
     if out and out.exists():
         try: kept = json.loads(out.read_text(encoding="utf-8"))
-        except ValueError: raise ValueError(f"{out} is damaged: delete it, and the judge is asked again") from None
+        except (ValueError, RecursionError): kept = None
+        if not isinstance(kept, dict) or not isinstance(kept.get("verdicts"), dict) or "judge" not in kept: raise ValueError(f"{out} is damaged: delete it, and the judge is asked again")
         if kept["judge"] != name: raise ValueError(f"{out} holds the verdicts of judge {kept['judge']!r}, not of {name!r}: give another file")
     said, labels = kept["verdicts"], [_no_answer(r["answer"], r["answers"]) for r in rows]
     keys = [_digest([r["question"], r["answer"], list(r["answers"])]) for r in rows]
@@ -441,8 +445,8 @@ def _entailment(model: nn.Module, entailment: int | str | None) -> int:
 def nli_judge(
     model: nn.Module,                           # a sequence classifier over pairs of texts
     tokenizer: PreTrainedTokenizerBase,
-    premise: str = "{question} {gold}",
-    hypothesis: str = "{question} {answer}",
+    premise: str = "{question} {gold}",         # what is given
+    hypothesis: str = "{question} {answer}",    # what is to follow from it
     entailment: int | str = None,               # name or index of the class; default the one in `config.label2id` that begins with "entail"
     batch_size: int = 32,                       # pairs a forward pass
 ) -> Callable:                                  # a judge with `batch`: the probability of entailment (one output only: its sigmoid), best over the golds
@@ -556,7 +560,7 @@ def rule_quality(
     level: float = 0.95,
 ) -> pd.DataFrame:              # one row a rule: answers `n`, `precision` and `recall` of `wrong` (NaN where there is none) with their ends, `kappa`
     """Precision and recall of each rule's `wrong` against a column of trusted labels, over the answers that both call right or wrong;
-    Wilson intervals, for answers to different questions."""
+    Wilson intervals, for answers to different questions. ValueError where there is no such column."""
     frame, rules = _labels(answers, None if rules is None else [*rules, truth])
     if truth not in rules: raise ValueError(f"no trusted labels {truth!r} in the table: label columns are {', '.join(rules)}")
     rows = {}

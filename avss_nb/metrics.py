@@ -7,7 +7,6 @@ __all__ = ['MANTISSA_BITS', 'N_BINS', 'EXACT_EPS', 'REDUCTIONS', 'magnitude_bins
            'save', 'load', 'collect_stats', 'variance', 'normalized_variance', 'sparsity', 'avss', 'navss', 'cavss']
 
 # %% ../nbs/03_metrics.ipynb #1db53405
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def bin_edges() -> np.ndarray:
 
 # %% ../nbs/03_metrics.ipynb #0f80cd2e
 def share_below(hist: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    """Share of values with |a| < eps from histograms (L, N_BINS) and thresholds (L,);
+    """Share of values with |a| < eps from histograms `hist` (L, N_BINS) and thresholds (L,);
     linear inside the bin, so off by at most that bin's share."""
     edges, below = bin_edges(), np.concatenate([np.zeros((len(hist), 1)), hist.cumsum(1)], axis=1)
     b = np.clip(np.searchsorted(edges, eps, side="right") - 1, 0, N_BINS - 1)
@@ -72,7 +71,7 @@ class LayerStats:
 
 # %% ../nbs/03_metrics.ipynb #cc288a45
 def save(self: LayerStats, path: str | Path):
-    "Write as safetensors; the file appears whole or not at all."
+    "Write as safetensors; the file appears whole or not at all. OSError naming the path."
     data = to_bytes({name: tensor.contiguous() for name, tensor in self.sums.items()},
                     metadata=dict(format="avss_nb.LayerStats", version="1"))
     if not Path(path).parent.is_dir(): raise OSError(f"cannot write {path}: there is no folder {Path(path).parent}")
@@ -80,12 +79,20 @@ def save(self: LayerStats, path: str | Path):
 
 def load(path: str | Path) -> LayerStats:
     "Read what `save` wrote; ValueError for a file that is something else or was cut short."
+    sums, _ = _read_sums(path, "LayerStats", "layer")
+    if len({len(t) for t in sums.values()}) != 1: raise ValueError(f"{path} is damaged, get or make it again: its sums are not of the same layers")
+    return LayerStats(sums)
+
+def _read_sums(path: str | Path, kind: str, of: str, beside: tuple[str, ...] = ()) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    "Tensors named `point.quantity` (and those `beside`), and the note of a file; ValueError naming it when it is something else."
     try:
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != "avss_nb.LayerStats":
-                raise ValueError(f"{path} holds no layer statistics")
-            return LayerStats({name: file.get_tensor(name) for name in file.keys()})
-    except SafetensorError as error: raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
+        with safe_open(path, framework="pt") as file: sums, note = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, RuntimeError, TypeError) as error: raise ValueError(f"{path} is damaged or no safetensors file, get or make it again: {error}") from None
+    if note.get("format") != f"avss_nb.{kind}": raise ValueError(f"{path} holds no {of} statistics")
+    if odd := [n for n, t in sums.items() if n not in beside and ("." not in n or not t.ndim)] or [n for n in beside if n not in sums] or (not sums and ["nothing"]):
+        raise ValueError(f"{path} is damaged, get or make it again: it is not to have, or lacks, {odd[0]!r}")
+    if wild := [n for n, t in sums.items() if not torch.isfinite(t).all()]: raise ValueError(f"{path} is damaged, get or make it again: {wild[0]!r} holds NaN or infinity")
+    return sums, note
 
 LayerStats.save, LayerStats.load = save, staticmethod(load)
 
@@ -127,7 +134,7 @@ def collect_stats(
     reduce: Iterable[str] = ("elements",),                      # which sums to keep, of `REDUCTIONS`
     progress: bool = False,                                     # show a progress bar
 ) -> LayerStats:                                                # sums over all counted tokens, float64, on the CPU
-    "Layer statistics in one pass and constant memory; FloatingPointError names the first layer that is not finite."
+    "Layer statistics in one pass and constant memory. ValueError for an unknown reduction or no token, FloatingPointError naming the first layer that is not finite."
     reduce = tuple(reduce)
     if unknown := set(reduce) - set(REDUCTIONS):
         raise ValueError(f"unknown reduction {unknown.pop()!r}: known are {', '.join(REDUCTIONS)}")
@@ -197,7 +204,7 @@ def sparsity(
     tau: float = 0.05,                  # without `eps`: ε = τ·RMS of the layer, τ > 0
 ) -> pd.Series:                         # per layer, between 0 and 1
     """S: share of activations with |a| < ε (AVSS, eq. for S(L_i); the relative threshold is our reading).
-    A layer that is zero throughout has S = 1."""
+    A layer that is zero throughout has S = 1. ValueError for a threshold that is not above zero."""
     _check_reduce(reduce)
     if not (eps if eps is not None else tau) > 0:
         raise ValueError("the threshold must be above zero, "

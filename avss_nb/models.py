@@ -106,7 +106,7 @@ def _convert_to(gguf: Path, folder: Path):
 # %% ../nbs/00_models.ipynb #89d3d12c
 def _resolve(name_or_path: str | Path) -> str:
     "A folder or hub id for `from_pretrained`; FileNotFoundError for a path at which there is no model."
-    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    path, name = Path(os.path.expanduser(name_or_path)), str(name_or_path)
     if name == "smollm2-135m" and (gguf := bundled_gguf()): return str(convert_gguf(gguf))
     if name == "minilm-l6" and (folder := bundled_encoder()): return str(folder)
     if name in KNOWN_MODELS: return KNOWN_MODELS[name]

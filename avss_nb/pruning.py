@@ -76,13 +76,15 @@ class PassThrough(nn.Module):
         # not a sub-module: its parameters are out
         self.__dict__["block"] = getattr(block, "block", block) if isinstance(block, PassThrough) else block
         self.hidden, self.rest = hidden, rest or None
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "PassThrough":
+        "As of any module; the block it stands for goes along."
         self.block.train(mode)
         return super().train(mode)
     def __getattr__(self, name: str):
         try: return super().__getattr__(name)
         except AttributeError: return getattr(self.__dict__["block"], name)
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
+        "The block's input (B, T, d), or the given states, in the form in which the block gives its output."
         x = _input(args, kwargs)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache): self._tell(value, x)
@@ -349,7 +351,7 @@ def paired_difference(
     seed: int = 0,
 ) -> pd.DataFrame:            # index (measure, other): `difference, low, high`
     """By how much one choice does better than others, over the same items, with percentile intervals by the paired
-    bootstrap: accuracy for questions and sentiment, minus the log of the perplexities' ratio for text."""
+    bootstrap: accuracy for questions and sentiment, minus the log of the perplexities' ratio for text. ValueError for different items."""
     def gain(measure: str, other: str) -> dict:
         a, b = items.loc[(one, measure)], items.loc[(other, measure)]
         if a.item.tolist() != b.item.tolist(): raise ValueError(f"{one} and {other} were measured on different items")
@@ -361,12 +363,14 @@ def paired_difference(
     return pd.DataFrame({(m, o): gain(m, o) for m in measures for o in others}).T.rename_axis(["measure", "other"])
 
 # %% ../nbs/05c_healing.ipynb #125fb0de
-import hashlib, random
+import hashlib, json, random
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
+from zipfile import BadZipFile, ZipFile
 
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
@@ -425,9 +429,17 @@ def healing_loss(
 
 # %% ../nbs/05c_healing.ipynb #7872bc94
 def _last_checkpoint(out: Path) -> str | None:
-    "The newest checkpoint that was written to its end: the state of the Trainer comes last."
-    found = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.rpartition("-")[2]))
-    return str(found[-1].parent) if found else None
+    "The newest checkpoint that was written to its end: the state of the Trainer comes last. A damaged one is passed over."
+    found = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name.rpartition("-")[2]))
+    return next((str(p.parent) for p in found if _is_whole(p.parent)), None)
+
+def _is_whole(checkpoint: Path) -> bool:
+    "Whether every file of a checkpoint is as it was written."
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        load_file(checkpoint / "adapter_model.safetensors")
+        return all(ZipFile(file).testzip() is None for file in checkpoint.glob("*.pt*"))
+    except (OSError, ValueError, SafetensorError, BadZipFile): return False
 
 # %% ../nbs/05c_healing.ipynb #6045e5fa
 @contextmanager

@@ -59,7 +59,7 @@ def projection_stats(
     progress: bool = False,
 ) -> LayerStats:                   # `q_proj.hist` (L, N_BINS) and `q_proj.count` (L,), int64, and so on; 0 where a layer has no such map or did not run it
     """The magnitude histogram of the counted inputs of every projection, in one pass; with a plan each map passes on what lies above its threshold of
-    the moment. FloatingPointError names the first layer whose input is not finite."""
+    the moment. ValueError for no token, FloatingPointError names the first layer whose input is not finite."""
     pile = [projections(block) for block in blocks(model)]
     if plan is not None: _check_plan(model, plan)
     share = {} if plan is None else plan.stack().dropna().to_dict()
@@ -158,11 +158,13 @@ RULES = ("threshold", "top_k", "random")
 class SparseLinear:
     "Mixed in before the class of a linear map, which then sees a part of its input: `value` is a threshold t, a number k or a share."
     def sparse(self, x: torch.Tensor) -> torch.Tensor:
+        "The input x (..., width) with what the rule leaves out at zero."
         if self.rule == "threshold": return F.hardshrink(x, self.value)   # x·1(|x| > t)
         if self.rule == "top_k": return top_k(x, self.value)
         self.calls += 1
         return _random_mask(x, self.value, self.seed + 100_003 * self.calls)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "The map of the sparse input x (..., width)."
         if self.by_column and x.numel() == x.shape[-1] and x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
             return _column_product(self.sparse(x), self.weight if _is_conv1d(self) else self.weight.t(), self.bias)
         return super().forward(self.sparse(x))
@@ -273,7 +275,7 @@ def make_sparse(
 
 def load_sparse(
     folder: str | Path,           # where a sparse model and its tokenizer were saved
-    by_column: bool = True,
+    by_column: bool = True,       # as in `sparsify`
     **options,                    # of `load_model`
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A sparse model and its tokenizer, from safetensors and JSON alone; ValueError for a folder whose config has no plan, or one that does not fit."
@@ -289,7 +291,7 @@ def load_sparse(
 # %% ../nbs/12b_allocation.ipynb #d443ecab
 from datasets import Dataset
 
-from .data import batches as make_batches, stored_table
+from .data import _file_in, batches as make_batches, stored_table
 from .evaluation import answer_questions, text_losses
 from .hooks import _hidden, input_device
 from .pruning import skip_layers
@@ -356,7 +358,7 @@ def greedy_plan(
     progress: bool = False,
 ) -> pd.DataFrame:                # index (sparsity, layer); a column a projection, and `error`; without it `.loc[.5]` is a plan
     """TEAL's Algorithm 1 (arXiv 2408.14690): in each block, raise one projection at a time, all by as many weights, and each time the one that leaves the
-    least `error` of the block's output, given the inputs of the whole model: ‖y − ŷ‖₂ / ‖y‖₂ over the counted tokens."""
+    least `error` of the block's output, given the inputs of the whole model: ‖y − ŷ‖₂ / ‖y‖₂ over the counted tokens. ValueError for a sparsity or step that is out of range, or no histogram."""
     if not 0 < sparsity < 1 or not 0 < step <= sparsity: raise ValueError(f"sparsity lies in (0, 1) and step in (0, sparsity], not {sparsity} and {step}")
     n_steps, path = round(sparsity / step), {}
     step = sparsity / n_steps
@@ -397,7 +399,7 @@ def acttail_plan(
     spread: float = .2,        # how far, as a part of `sparsity`, the smallest and the largest exponent lie from it
 ) -> pd.DataFrame:             # a plan; its mean over the weights is `sparsity`
     """Less sparsity where the spectrum's tail is heavier (ActTail, arXiv 2603.12272; the map is our reading: linear in α between sparsity·(1 ± spread), shifted
-    until the mean over the weights is the one asked for, within [0, .99])."""
+    until the mean over the weights is the one asked for, within [0, .99]). ValueError for a sparsity that is out of range, or an exponent that is not finite."""
     if not 0 <= sparsity < _MOST: raise ValueError(f"the sparsity is {sparsity}: it lies in [0, {_MOST})")
     if len(bad := (known := exponents.stack().dropna())[~np.isfinite(known)]): raise ValueError(f"the exponent of {bad.index[0][1]} in layer {bad.index[0][0]} is not finite")
     a = exponents.to_numpy()
@@ -440,5 +442,5 @@ def measure_plans(
     found = {}
     for name, arm in tqdm(arms.items(), desc="measuring plans", disable=not progress):
         make = lambda: _plan_items(model, tokenizer, arm, texts, questions, max_length)
-        found[name] = stored_table(Path(out) / f"{name}.csv", make, "measure") if out else make()
+        found[name] = stored_table(_file_in(out, f"{name}.csv"), make, "measure") if out else make()
     return pd.concat(found, names=["choice"])

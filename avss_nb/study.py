@@ -9,15 +9,14 @@ __all__ = ['LABELS', 'ANSWER_TABLES', 'TUNED', 'SPARSE', 'FEWEST', 'MARKERS', 'S
            'plot_prone', 'plot_tuned', 'plot_sparse', 'removal_table', 'write_report', 'run_study', 'main']
 
 # %% ../nbs/30_study.ipynb #cbfa187d
-import argparse, importlib.resources, json, os, shutil, sys, warnings
-from dataclasses import asdict, dataclass, field
+import argparse, importlib.resources, json, shutil, sys, warnings
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from execnb.nbio import dict2nb, write_nb
 from execnb.shell import CaptureShell
@@ -139,7 +138,7 @@ def layer_profile(stats: LayerStats) -> pd.DataFrame:
 
 def measure_sensitivity(stats: LayerStats, second: LayerStats, without_first: LayerStats,
                         losses: pd.DataFrame) -> pd.DataFrame:
-    "Agreement with leave-one-out damage of AVSS under other settings."
+    "Agreement with leave-one-out damage of AVSS under other settings: also of `second`, another draw of text, and `without_first`, the first position not counted."
     scores = {f"relative update, τ = {tau}": avss(stats, tau=tau) for tau in (.01, .05, .2)}
     scores |= {"relative update, variance alone": variance(stats),
                "relative update, per sample": avss(stats, reduce="samples"),
@@ -410,7 +409,7 @@ Right answers: whole {t.value['questions', 'whole']:.0%}, uniform {t.value['ques
 # %% ../nbs/30_study.ipynb #63352507
 MARKERS = dict(avss="o", block_influence="s", avss_output="^", leave_one_out="D")
 
-def plot_profile(study: Study, axes=None):
+def plot_profile(study: Study, axes=None) -> plt.Figure:
     "AVSS by reading point above, leave-one-out damage below it, and the layers that four scores remove."
     axes = plt.subplots(3, 1, figsize=(9, 7), sharex=True, height_ratios=[3, 2.4, 1.4])[1] if axes is None else axes
     for point in ("output", "update", "relative_update"):
@@ -430,7 +429,7 @@ def plot_profile(study: Study, axes=None):
     return axes[0].figure
 
 # %% ../nbs/30_study.ipynb #c395da3d
-def plot_retention(study: Study, axes=None):
+def plot_retention(study: Study, axes=None) -> plt.Figure:
     "What is retained after removal by each score, with 95 % intervals."
     table = study.removal.drop("whole")
     axes = plt.subplots(1, 3, figsize=(11, 5), sharey=True)[1] if axes is None else axes
@@ -452,7 +451,7 @@ def plot_retention(study: Study, axes=None):
     axes[0].invert_yaxis(); axes[0].figure.tight_layout()
     return axes[0].figure
 
-def plot_certainty(study: Study, ax=None):
+def plot_certainty(study: Study, ax=None) -> plt.Figure:
     "How often each layer is among those that a score would remove, over bootstrap draws of the texts."
     ax = plt.subplots(figsize=(9, 2))[1] if ax is None else ax
     lowest = study.certainty.lowest.unstack("layer")
@@ -462,7 +461,7 @@ def plot_certainty(study: Study, ax=None):
     ax.grid(False); ax.figure.colorbar(image, ax=ax)
     return ax.figure
 
-def plot_sensitivity(study: Study, ax=None):
+def plot_sensitivity(study: Study, ax=None) -> plt.Figure:
     "Agreement of AVSS with the truth under other settings."
     ax = plt.subplots(figsize=(7, 4))[1] if ax is None else ax
     t = study.sensitivity.iloc[::-1]
@@ -473,7 +472,7 @@ def plot_sensitivity(study: Study, ax=None):
     return ax.figure
 
 # %% ../nbs/30_study.ipynb #2e77cfde
-def plot_prone(study: Study, axes=None):
+def plot_prone(study: Study, axes=None) -> plt.Figure | None:
     "EAVSS of each layer, filled markers where q < .05; one panel a control. None where nothing was compared."
     controls = [c for c in ("all", "length") if c in study.prone.index]
     if not controls: return None
@@ -484,7 +483,7 @@ def plot_prone(study: Study, axes=None):
     return axes[0].figure
 
 # %% ../nbs/30_study.ipynb #befa4062
-def plot_tuned(study: Study, axes=None):
+def plot_tuned(study: Study, axes=None) -> plt.Figure | None:
     "What each arm of the contrastive training gains on the questions. None where nothing was trained."
     if not len(study.tuned): return None
     return plot_arms(study.tuned, [(study.names["questions"], m) for m in ("mc1", "ahead", "right")], axes)[0].figure

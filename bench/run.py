@@ -25,7 +25,7 @@ from avss_nb.eavss import AnswerStats, _answer_sums, answer_stats, hallucination
 from avss_nb.evaluation import option_logprobs, perplexity, row_losses, task_items, text_losses
 from avss_nb.hooks import run_blocks
 from avss_nb.importance import leave_one_out, sleb
-from avss_nb.models import blocks, load_model
+from avss_nb.models import blocks
 from avss_nb.pruning import decoding_cost, healing_loss, prune_layers, skip_layers
 from avss_nb.sparsity import make_sparse, mean_sparsity, projection_stats, projections, uniform_plan
 from table import page

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from execnb.nbio import nb2str, read_nb
+from execnb.nbio import nb2str
 from execnb.shell import CaptureShell
 from fastcore.basics import str2bool
 from nbdev.clean import clean_nb

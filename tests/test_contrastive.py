@@ -104,7 +104,6 @@ def test_false_negatives_and_repeats_are_dropped_and_counted():
     questions = [dict(id="q", question="Q", answers=["The Beatles", "Fab Four"], distractors=["beatles", "fab four", "Fab  Fours", "Queen", "queen ", " ", "Abba", "Kiss", "Who"])]
     rows, counts = contrast_rows(Letters(), questions, negatives=2, template="{question}")
     assert counts == dict(questions=1, negatives=2, false_negatives=3, repeats=2, without=0)
-    text = lambda ids: ids
     assert [r["answer"] for r in rows] == [Letters()(f" {a}\n").input_ids for a in ("The Beatles", "Queen", "Abba")] and [r["gold"] for r in rows] == [True, False, False]
 
 

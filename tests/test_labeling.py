@@ -63,7 +63,6 @@ def test_batched_is_unbatched(family, skipped):
         for batch_size in (4, 32):
             together = generate_answers(model, tokenizer, ASKED, batch_size=batch_size, **options)
             for name in ("answer", "answer_tokens", "prompt_tokens", "sample", "id"): assert together[name][:] == alone[name][:], name
-        numbers = {}
         for row in alone:
             n, ids = len(row["answer_tokens"]), torch.tensor([row["prompt_tokens"] + row["answer_tokens"]])
             if not n: continue

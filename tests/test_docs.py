@@ -1,0 +1,77 @@
+"""Every exported name says what it does, what each argument is, and which errors it raises."""
+import ast
+import re
+
+import pytest
+
+from conftest import ROOT
+
+MODULES = sorted(p for p in (ROOT/"avss_nb").glob("*.py") if not p.stem.startswith("_"))
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+
+# What these are is the same everywhere, and said once.
+GLOSSARY = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8").split("## Words that mean the same everywhere")[1]
+COMMON = {"self", "args", "kwargs", *(word for line in GLOSSARY.splitlines() for part in line.removeprefix("- ").split("; ") for word in re.findall(r"`(\w+)`", part.split(": ")[0]))}
+
+
+def exported(module) -> list[ast.FunctionDef | ast.ClassDef]:
+    "The functions and classes of `__all__`, and the public methods of such classes."
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    names = next(ast.literal_eval(s.value) for s in tree.body if isinstance(s, ast.Assign) and ast.unparse(s.targets[0]) == "__all__")
+    top = [s for s in tree.body if isinstance(s, ast.FunctionDef | ast.ClassDef) and s.name in names]
+    return top + [m for c in top if isinstance(c, ast.ClassDef) for m in c.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_")]
+
+
+def said(node, source: list[str]) -> str:
+    "Docstring and the comments of the signature."
+    signature = "\n".join(source[node.lineno - 1:node.body[0].end_lineno])
+    return (ast.get_docstring(node) or "") + " " + " ".join(re.findall(r"#(.*)", signature))
+
+
+def arguments(node: ast.FunctionDef) -> list[ast.arg]:
+    a = node.args
+    return [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+
+
+def is_property(node) -> bool: return any(ast.unparse(d) in ("property", "staticmethod") or ast.unparse(d).endswith(".setter") for d in node.decorator_list)
+
+
+@each_module
+def test_everything_exported_has_a_docstring(module):
+    "A property's name and type may be enough."
+    bare = [f"{module.name}:{n.lineno} {n.name}" for n in exported(module) if not ast.get_docstring(n) and not (isinstance(n, ast.FunctionDef) and is_property(n) and n.returns)]
+    assert not bare, "\n".join(bare)
+
+
+@each_module
+def test_every_argument_is_described(module):
+    "By a comment beside it, by its name in the docstring, by a type that says it (a choice, a flag), or as one of the words that mean the same everywhere."
+    source, missing = module.read_text(encoding="utf-8").splitlines(), []
+    for node in exported(module):
+        if not isinstance(node, ast.FunctionDef): continue
+        text = ast.get_docstring(node) or ""
+        for a in arguments(node):
+            beside = re.search(r"[,)=:\w]\s*#\s*\S", source[a.end_lineno - 1][a.col_offset:]) is not None
+            if not (beside or a.arg in COMMON or re.search(rf"\b{re.escape(a.arg)}\b", text) or f"`{a.arg}" in text or re.search(r"[Oo]ptions (as|of|in)|options", text) and a.arg in ("options", "settings")):
+                missing.append(f"{module.name}:{a.lineno} {node.name}({a.arg})")
+    assert not missing, "\n".join(missing)
+
+
+@each_module
+def test_every_error_is_named(module):
+    "Each class of errors that a function itself raises stands in its docstring or beside its arguments."
+    source, missing = module.read_text(encoding="utf-8").splitlines(), []
+    for node in exported(module):
+        if not isinstance(node, ast.FunctionDef): continue
+        raised = {ast.unparse(r.exc.func if isinstance(r.exc, ast.Call) else r.exc) for r in ast.walk(node) if isinstance(r, ast.Raise) and r.exc}
+        text = said(node, source)
+        missing += [f"{module.name}:{node.lineno} {node.name} raises {e}" for e in sorted(raised) if e[0].isupper() and e not in text and not re.search(r"[Ee]rrors (as|of|in)", text)]
+    assert not missing, "\n".join(missing)
+
+
+@each_module
+def test_what_is_returned_has_a_type_or_a_word(module):
+    source = module.read_text(encoding="utf-8").splitlines()
+    silent = [f"{module.name}:{n.lineno} {n.name}" for n in exported(module) if isinstance(n, ast.FunctionDef) and n.returns is None
+              and any(isinstance(r, ast.Return) and r.value is not None for r in ast.walk(n)) and not re.search(r"[Cc]ontext manager|[Rr]eturns|: ", said(n, source))]
+    assert not silent, "\n".join(silent)

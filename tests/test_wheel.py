@@ -1,0 +1,71 @@
+"""The wheel is all that a user needs: it is built, checked, unpacked elsewhere, and its commands run from there, without the repository and its notebooks."""
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+
+def run(*command, cwd: Path, **environment) -> str:
+    "What a command says; it must not fail."
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    "Built from a copy of the tracked files that make the package."
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("avss_nb", "nbs"): shutil.copytree(ROOT/name, copy/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results", "images"))
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT/name, copy/name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", copy/"dist", cwd=copy)
+    made, = (copy/"dist").glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-warn-script-location", "--target", folder, wheel, cwd=folder)
+    return folder
+
+
+def test_the_index_takes_it(wheel):
+    assert run(sys.executable, "-m", "twine", "check", "--strict", *sorted(wheel.parent.iterdir()), cwd=wheel.parent).count("PASSED") == 2
+
+
+def test_it_carries_the_package_and_one_notebook(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"avss_nb/{p.name}" for p in (ROOT/"avss_nb").iterdir() if p.suffix in (".py", ".ipynb")} == {n for n in names if ".dist-info/" not in n}
+    assert any(n.endswith("LICENSE") for n in names)
+
+
+AWAY = """
+import sys
+from pathlib import Path
+sys.path = [p for p in sys.path if p and not (Path(p)/"settings.ini").exists()]      # the environment's link to the repository
+sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f).lower()]
+"""
+
+
+def test_it_runs_where_the_repository_is_not(installed, tmp_path):
+    "Imported from where it was unpacked, from another folder; the repository's own copy is not there to be found."
+    code = AWAY + "from avss_nb.metrics import avss; import avss_nb; print(avss_nb.__file__); print(sum((Path(p)/'nbs').is_dir() for p in sys.path))"
+    file, found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()
+    assert Path(file).is_relative_to(installed) and found == "0"
+
+
+@pytest.mark.parametrize("command, says", [("avss_study", "Study the layers of a language model"), ("avss_prune", "Take the least important layers")])
+def test_its_commands_run(installed, tmp_path, command, says):
+    assert says in " ".join(run(sys.executable, installed/"bin"/command, "--help", cwd=tmp_path, PYTHONPATH=str(installed)).split())
+
+
+def test_its_report_is_made_from_the_notebook_inside(installed, tmp_path):
+    code = AWAY + "from avss_nb.study import Settings, _report_cells; print(len(_report_cells(Settings(), Path('.'))))"
+    assert int(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))) > 10
