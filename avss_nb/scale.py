@@ -57,7 +57,7 @@ def share(
     number: int = None,   # of the process; default: this one
     n: int = None,        # processes; default: as many as there are
 ):
-    "What one process takes: every n-th item, from its own number on. All shares together are all items, none twice; one may be empty."
+    "What one process takes: every n-th item, from its own number on. All shares together are all items, none twice; one may be empty. ValueError for a number that is none of theirs."
     number, n = (number, n) if n else processes()
     if not 0 <= number < n: raise ValueError(f"there is no process {number} of {n}: they are 0 to {n - 1}")
     items = items if hasattr(items, "__getitem__") else list(items)
@@ -218,7 +218,8 @@ def spread(
     (number, n), items = processes(), items if hasattr(items, "__getitem__") else list(items)
     if not len(items): raise ValueError("there is nothing to do: no items were given")
     if chunk < 1: raise ValueError(f"a chunk has at least one item, not {chunk}")
-    if out := out and Path(out): _claim(out, items, chunk, settings, timeout)
+    out = Path(out) if out else None
+    if out is not None: _claim(out, items, chunk, settings, timeout)
     parts, mine = {}, range(number, -(-len(items) // chunk), n)
     for c in tqdm(mine, desc=f"process {number} of {n}", disable=not progress):
         some = range(c * chunk, min((c + 1) * chunk, len(items)))
@@ -282,7 +283,7 @@ def launch(
     *args,
     n: int = 2,       # processes on this machine
 ) -> list:            # what each of them returned, in their order
-    "Run `work(*args)` in n forked processes; RuntimeError names the one that died first, or says that CUDA is in use and nothing can be forked."
+    "Run `work(*args)` in n forked processes; RuntimeError names the one that died first, or says that CUDA is in use and nothing can be forked; ValueError for n below 1."
     if n < 1: raise ValueError(f"n is at least 1, not {n}")
     if torch.cuda.is_initialized(): raise RuntimeError("CUDA is in use in this process, which can no longer be forked: write a script, and start it with `accelerate launch`")
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id="avss_nb", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
@@ -323,7 +324,7 @@ def memory_plan(
     bits: int = None,                      # 8 or 4: the blocks' linear maps are quantised
     points: int = 2,                       # reading points
 ) -> pd.DataFrame:                         # bytes: columns `statistics`, `leave_one_out` (memory of one process at work) and `disk`; a row a part, and `total`
-    "What a run will take, beside Python and its libraries (our arithmetic; within a third of what chapter Scale measures)."
+    "What a run will take, beside Python and its libraries (our arithmetic; within a third of what chapter Scale measures). ValueError for other bits."
     if bits not in (None, 8, 4): raise ValueError(f"bits is 8 or 4, not {bits}")
     model = _skeleton(model)
     n, size, tokens = _counts(model), (dtype or model.dtype).itemsize, batch_size * max_length
@@ -344,7 +345,7 @@ def estimate(
     flops_per_second: float = 4e14,        # that are reached, not those of the data sheet: 40 % of an H100's bfloat16
     bytes_per_second: float = 2e9,         # of the disk, where weights are offloaded to it
     batch_size: int = 8,                   # texts a batch: offloaded weights are read once a batch
-    points: int = 2,
+    points: int = 2,                       # reading points
 ) -> pd.Series:
     """On paper: `parameters`; `gb_16`, `gb_8`, `gb_4` of weights by their bits; `flops` and `hours` of statistics and of leave-one-out on one card
     that computes without a pause; `hours` when bfloat16 weights come from disk each time; `mb` of one file of statistics (our arithmetic)."""

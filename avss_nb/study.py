@@ -241,10 +241,10 @@ def tuned_arms(model, tokenizer, data: dict, settings: Settings, out: Path) -> p
     table = compare_arms(items)
     return table.assign(blocks=table.index.get_level_values("arm").map(blocks_))
 
-def sparse_plans(model, tokenizer, data: dict, settings: Settings, out: Path, cut: dict) -> pd.DataFrame:
+def sparse_plans(model, tokenizer, data: dict, settings: Settings, out: Path) -> pd.DataFrame:
     "The table `sparse` of a `Study`: the same share of inputs left out by each plan; thresholds and the greedy plan from the calibration passages."
-    p, few = settings.sparsity, dict(cut, max_length=min(64, settings.max_length))
-    text, tried = batches(data["calibration"], tokenizer, **dict(cut, batch_size=16)), batches(data["calibration"][:4], tokenizer, skip_first=True, **few)
+    p, cut = settings.sparsity, dict(max_length=settings.max_length, overflow="truncate")
+    text, tried = batches(data["calibration"], tokenizer, batch_size=16, **cut), batches(data["calibration"][:4], tokenizer, batch_size=4, skip_first=True, **dict(cut, max_length=min(64, settings.max_length)))
     stats = projection_stats(model, text)
     plans = {"uniform": uniform_plan(model, p), "TEAL greedy": greedy_plan(model, tried, stats, p, p / 10, progress=True).loc[p].drop(columns="error")}
     arms = {"whole": None} | {name: dict(plan=plan, stats=projection_stats(model, text, plan)) for name, plan in plans.items()}
@@ -287,7 +287,7 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     of_answers = {name: stored_table(out / f"{name}.csv", lambda: wrong()[name], index) for name, index in ANSWER_TABLES.items()}
     tune = settings.tune_steps and "right" in of_answers["answers"]          # else the questions do not fit the model's window
     tuned = stored_table(out / "tuned.csv", lambda: tuned_arms(model, tokenizer, data, settings, out) if tune else _nothing(TUNED), TUNED)
-    sparse = stored_table(out / "sparse.csv", lambda: sparse_plans(model, tokenizer, data, settings, out, cut) if settings.sparsity else _nothing(SPARSE), SPARSE)
+    sparse = stored_table(out / "sparse.csv", lambda: sparse_plans(model, tokenizer, data, settings, out) if settings.sparsity else _nothing(SPARSE), SPARSE)
     study = Study(settings, out, data["names"], profile, scores, losses, removal, sensitivity, certainty, settled, **of_answers, tuned=tuned, sparse=sparse)
     for work in ("healing", "tuning", "sparse"): shutil.rmtree(out / work, ignore_errors=True)      # what was measured is stored
     if not (out / "results.json").exists():
@@ -489,7 +489,7 @@ def plot_tuned(study: Study, axes=None) -> plt.Figure | None:
     return plot_arms(study.tuned, [(study.names["questions"], m) for m in ("mc1", "ahead", "right")], axes)[0].figure
 
 # %% ../nbs/30_study.ipynb #3051a002
-def plot_sparse(study: Study, axes=None):
+def plot_sparse(study: Study, axes=None) -> plt.Figure | None:
     "What each plan costs against the whole model, with its interval. None where no inputs were left out."
     if not len(study.sparse): return None
     axes = plt.subplots(1, 2, figsize=(9, 2.4), sharey=True, layout="constrained")[1] if axes is None else axes
