@@ -26,7 +26,7 @@ from .study import Settings, _add_settings, healed_items, study_data
 def _own_scores(file: str | Path, score: str, n_layers: int) -> pd.DataFrame:
     "The column `score` of a CSV file with a row a layer; ValueError where it is a table of another model."
     try: table = pd.read_csv(file, index_col="layer").sort_index()
-    except (OSError, ValueError) as error: raise ValueError(f"cannot read the scores of {file}: {error}") from None
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error: raise ValueError(f"cannot read the scores of {file}: {error}") from None
     if score not in table: raise ValueError(f"{file} has no column {score!r}: it has {', '.join(table.columns)}")
     if table.index.tolist() != list(range(n_layers)):
         raise ValueError(f"{file} scores {len(table)} layers and the model has layers 0 to {n_layers - 1}: is it another model's?")
@@ -40,6 +40,7 @@ def _check_score(score: str):
 def _save(small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, batch: dict):
     "Save, reload with the library alone, and compare; OSError or RuntimeError where the folder is not what it should be."
     shutil.rmtree(folder, ignore_errors=True)
+    if tokenizer.is_fast: tokenizer.backend_tokenizer.no_truncation(); tokenizer.backend_tokenizer.no_padding()     # what the last call asked for is not the model's
     try:
         for part in (small, tokenizer): part.save_pretrained(folder)
     except OSError as error: raise OSError(f"cannot write {folder}: {error.strerror or error}") from None
