@@ -246,7 +246,7 @@ SPOILS = st.one_of(
     st.tuples(st.sampled_from(["model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"]), files_of(VALUE.map(json.dumps))))
 
 
-@many(100)
+@many(40)
 @given(SPOILS)
 def test_model_folders(place, model_folder, spoil):
     folder = place/"model"
