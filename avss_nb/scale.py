@@ -6,20 +6,21 @@
 __all__ = ['BITS', 'processes', 'share', 'spread', 'spread_scores', 'launch', 'memory_plan', 'estimate']
 
 # %% ../nbs/13_scale.ipynb #1319939e
-import hashlib, json, logging, os, tempfile, time
+import hashlib, json, logging, multiprocessing, os, tempfile, time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import partial, update_wrapper
 from pathlib import Path
 
+import cloudpickle
 import pandas as pd
 import pyarrow as pa
+import safetensors
 import torch
 import torch.distributed as dist
 from accelerate import PartialState, init_empty_weights
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_of, save as to_bytes
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -36,8 +37,11 @@ from .models import blocks
 from .sparsity import projections
 
 # %% ../nbs/13_scale.ipynb #39f50c57
-@cache
-def _group(n: int): return dist.new_group(backend="gloo", timeout=timedelta(days=7))   # `_meet` has the patience, not the group
+_GROUPS: dict[int, dist.ProcessGroup] = {}
+
+def _group(n: int):
+    if n not in _GROUPS: _GROUPS[n] = dist.new_group(backend="gloo", timeout=timedelta(days=7))   # `_meet` has the patience, not the group
+    return _GROUPS[n]
 
 def processes() -> tuple[int, int]:
     "This process's number, and how many there are: (0, 1) without a launcher. The first call joins the others."
@@ -93,8 +97,8 @@ def _read(path: Path):
     "What `_write` wrote; ValueError for a damaged file."
     try:
         if path.suffix == ".arrow": return _table(path.read_bytes())
-        with safe_open(path, framework="pt") as file: kind = (file.metadata() or {}).get("format")
-    except (SafetensorError, pa.ArrowInvalid) as error:
+        with safetensors.safe_open(path, framework="pt") as file: kind = (file.metadata() or {}).get("format")
+    except (safetensors.SafetensorError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path} is damaged: delete it, and it is made again ({error})") from None
     return (AnswerStats if kind == "avss_nb.AnswerStats" else LayerStats).load(path)
 
@@ -266,10 +270,14 @@ def _quiet():
     finally:
         for logger, level in zip(loggers, before): logger.setLevel(level)
 
-def _begin(work: Callable, args: tuple):
-    "In the new process: as if nothing had been joined, and with one thread, since OpenMP's do not outlive a fork."
-    PartialState._reset_state(); _group.cache_clear(); torch.set_num_threads(1)
+def _begin(work: Callable, *args):
+    "In the new process, with one thread as under `torchrun`."
+    torch.set_num_threads(1)
     return work(*args)
+
+class _ByValue(partial):
+    "A call that goes to another process even when it was defined in a notebook."
+    def __reduce__(self): return cloudpickle.loads, (cloudpickle.dumps(partial(self.func, *self.args)),)
 
 def _blame(error: ChildFailedError, n: int) -> str:
     "Who died first, and how; one that was killed comes before those that noticed."
@@ -283,13 +291,13 @@ def launch(
     *args,
     n: int = 2,       # processes on this machine
 ) -> list:            # what each of them returned, in their order
-    "Run `work(*args)` in n forked processes; RuntimeError names the one that died first, or says that CUDA is in use and nothing can be forked; ValueError for n below 1."
+    "Run `work(*args)` in n new processes, with copies of what it refers to (a script calls this below `if __name__ == \"__main__\":`); RuntimeError names the one that died first; ValueError for n below 1."
     if n < 1: raise ValueError(f"n is at least 1, not {n}")
-    if torch.cuda.is_initialized(): raise RuntimeError("CUDA is in use in this process, which can no longer be forked: write a script, and start it with `accelerate launch`")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["avss_nb.scale"])   # imported once
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id="avss_nb", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                          max_restarts=0, start_method="fork")
+                          max_restarts=0, start_method="forkserver")
     try:
-        with _quiet(): found = elastic_launch(config, _begin)(work, args)
+        with _quiet(): found = elastic_launch(config, update_wrapper(_ByValue(_begin, work, *args), _begin))()
     except ChildFailedError as error: raise RuntimeError(_blame(error, n)) from None
     return [found[number] for number in range(n)]
 
