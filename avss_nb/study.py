@@ -37,7 +37,7 @@ from .metrics import LayerStats, avss, sparsity, variance
 from .models import blocks, load_model
 from .pruning import (_measure_items, _packed, chance_level, heal, measure_removal, paired_difference, prune_layers, retention_table,
                              select_layers)
-from .sparsity import acttail_plan, greedy_plan, measure_plans, projection_stats, uniform_plan, weight_exponents
+from .sparsity import greedy_plan, measure_plans, projection_stats, sparse_arms, weight_exponents
 
 # %% ../nbs/30_study.ipynb #0c71e8a0
 @dataclass(frozen=True)
@@ -245,15 +245,14 @@ def sparse_plans(model, tokenizer, data: dict, settings: Settings, out: Path) ->
     "The table `sparse` of a `Study`: the same share of inputs left out by each plan; thresholds and the greedy plan from the calibration passages."
     p, cut = settings.sparsity, dict(max_length=settings.max_length, overflow="truncate")
     text, tried = batches(data["calibration"], tokenizer, batch_size=16, **cut), batches(data["calibration"][:4], tokenizer, batch_size=4, skip_first=True, **dict(cut, max_length=min(64, settings.max_length)))
-    stats = projection_stats(model, text)
-    plans = {"uniform": uniform_plan(model, p), "TEAL greedy": greedy_plan(model, tried, stats, p, p / 10, progress=True).loc[p].drop(columns="error")}
-    arms = {"whole": None} | {name: dict(plan=plan, stats=projection_stats(model, text, plan)) for name, plan in plans.items()}
-    arms |= {"ActTail": dict(plan=acttail_plan(model, weight_exponents(model), p), rule="top_k"), "by lot": dict(plan=p, rule="random", seed=settings.seed)}
+    path = greedy_plan(model, tried, projection_stats(model, text), p, p / 10, progress=True)
+    made = sparse_arms(model, text, p, path, weight_exponents(model), settings.seed)
+    arms = {"whole": None} | {name: make() for name, make in zip(("uniform", "TEAL greedy", "ActTail", "by lot"), made.values())}
     items = measure_plans(model, tokenizer, arms, data["held_out"], data["questions"], out / "sparse", settings.max_length, progress=True)
     cost = paired_difference(items, "whole", [name for name in arms if name != "whole"], seed=settings.seed).rename_axis(SPARSE)
-    text_, asked = (items.xs(m, level="measure").groupby("choice")[["value", "tokens"]].sum() for m in ("perplexity", "questions"))
-    value = pd.concat(dict(perplexity=np.exp(text_.value / text_.tokens), questions=asked.value / asked.tokens), names=["measure"]).rename("value").rename_axis(SPARSE)
-    return value.to_frame().join(cost)
+    value = items.groupby(["measure", "choice"])[["value", "tokens"]].sum().pipe(lambda t: t.value / t.tokens).rename_axis(SPARSE)
+    value.update(np.exp(value.loc[["perplexity"]]))
+    return value.rename("value").to_frame().join(cost)
 
 def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, calibration, cut: dict) -> Study:
     stats = lambda: _stats(out / "stats.safetensors", model, calibration, ("elements", "samples", "neurons"))
