@@ -28,11 +28,11 @@ from .contrastive import choose_arms, compare_arms, contrast_rows, held_out_item
 from .data import (batches, check_folder, claim_folder, data_folder, load_questions, load_sentences, load_text, stored_table,
                           write_whole)
 from .detection import detector_scores, eavss_detector, evaluate_detectors
-from .eavss import answer_sparsity, answer_stats, answer_variance, hallucination_profile, plot_hallucination
+from .eavss import answer_stats, hallucination_profile, log_avss, plot_hallucination
 from .evaluation import is_causal
 from .importance import (FROM_AHEAD, FROM_STATS, damage, layer_scores, rank_agreement, read_layers,
                                 removal_losses)
-from .labeling import generate_answers, label_answers, label_counts
+from .labeling import PromptTooLong, generate_answers, label_answers, label_counts
 from .metrics import LayerStats, avss, sparsity, variance
 from .models import blocks, load_model
 from .pruning import (_measure_items, _packed, chance_level, heal, measure_removal, paired_difference, prune_layers, retention_table,
@@ -160,28 +160,24 @@ def _told(answers) -> tuple[pd.DataFrame, list[str], bool]:
     labels = told["alias"].tolist()
     return told, labels, min(labels.count(label) for label in ("right", "wrong")) >= FEWEST
 
+def _nothing(index: list[str], *columns: str) -> pd.DataFrame:
+    "An empty table."
+    return pd.DataFrame(columns=[*index, *columns]).set_index(index)
+
 def wrong_answers(model, tokenizer, data: dict, seed: int) -> dict[str, pd.DataFrame]:
     "The tables `answers, prone, detectors` of a `Study`, from greedy answers behind four examples, labelled by `alias`."
+    none = dict(prone=_nothing(["control", "layer"], "value", "low", "high", "p", "q"), detectors=_nothing(["detector"], "auroc", "auroc_low", "auroc_high"))
     try: answers = label_answers(generate_answers(model, tokenizer, data["questions"], style="few-shot", shots=data["examples"], seed=seed), "alias")
-    except ValueError as error:
-        if "does not fit" not in str(error): raise
-        return dict(answers=pd.DataFrame(index=pd.Index([], name="rule"), columns=["asked"])) | _nothing_compared()
+    except PromptTooLong: return dict(answers=_nothing(["rule"], "asked")) | none
     counts, (told, labels, enough) = label_counts(answers), _told(answers)
-    if not enough: return dict(answers=counts) | _nothing_compared()
+    if not enough: return dict(answers=counts) | none
     stats = answer_stats(model, tokenizer, told, points=("relative_update",))
     parts = {"all": hallucination_profile(stats, labels)}
     try: parts["length"] = hallucination_profile(stats, labels, within="length")
     except ValueError: pass                                       # too few of equal length
-    log_avss = np.log(answer_variance(stats)) - np.log(answer_sparsity(stats).clip(lower=1e-6))
     scores = detector_scores(told)[["length", "neg_mean_logprob"]]
-    found = evaluate_detectors(scores, labels, fitted=dict(eavss=eavss_detector(log_avss.to_numpy(), labels)), seeds=range(5))
+    found = evaluate_detectors(scores, labels, fitted=dict(eavss=eavss_detector(log_avss(stats).to_numpy(), labels)), seeds=range(5))
     return dict(answers=counts, prone=pd.concat(parts, names=["control"]), detectors=found)
-
-def _nothing(names: list[str]) -> pd.DataFrame: return pd.DataFrame(index=pd.MultiIndex.from_arrays([[]] * len(names), names=names), columns=["value"])
-
-def _nothing_compared() -> dict[str, pd.DataFrame]:
-    return dict(prone=pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["control", "layer"]), columns=["value", "low", "high", "p", "q"]),
-                detectors=pd.DataFrame(index=pd.Index([], name="detector"), columns=["auroc", "auroc_low", "auroc_high"]))
 
 def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False) -> Study:
     """Measure, or load what is already measured, every table of a study;
@@ -285,8 +281,8 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     wrong = cache(lambda: wrong_answers(model, tokenizer, data, settings.seed))
     of_answers = {name: stored_table(out / f"{name}.csv", lambda: wrong()[name], index) for name, index in ANSWER_TABLES.items()}
     tune = settings.tune_steps and "right" in of_answers["answers"]          # else the questions do not fit the model's window
-    tuned = stored_table(out / "tuned.csv", lambda: tuned_arms(model, tokenizer, data, settings, out) if tune else _nothing(TUNED), TUNED)
-    sparse = stored_table(out / "sparse.csv", lambda: sparse_plans(model, tokenizer, data, settings, out) if settings.sparsity else _nothing(SPARSE), SPARSE)
+    tuned = stored_table(out / "tuned.csv", lambda: tuned_arms(model, tokenizer, data, settings, out) if tune else _nothing(TUNED, "value"), TUNED)
+    sparse = stored_table(out / "sparse.csv", lambda: sparse_plans(model, tokenizer, data, settings, out) if settings.sparsity else _nothing(SPARSE, "value"), SPARSE)
     study = Study(settings, out, data["names"], profile, scores, losses, removal, sensitivity, certainty, settled, **of_answers, tuned=tuned, sparse=sparse)
     for work in ("healing", "tuning", "sparse"): shutil.rmtree(out / work, ignore_errors=True)      # what was measured is stored
     if not (out / "results.json").exists():
