@@ -613,15 +613,17 @@ def _gains(values: np.ndarray, base: np.ndarray, level: float) -> dict:
 # %% ../nbs/10b_arms.ipynb #4e00a91f
 def plot_arms(
     table: pd.DataFrame,      # from `compare_arms`
-    measures: list[tuple[str, str]],   # (set, measure) of each panel
+    panels: list[tuple[str, str]] | dict[tuple[str, str], str],   # (set, measure) of each panel; with its title in a dictionary
     axes: Iterable[plt.Axes] = None,
+    order: list[str] = None,  # of the arms, from the top; default: as in the table, without the one whose gain is always 0
 ) -> list[plt.Axes]:
     "What each arm gains, with its interval; a panel a measure."
-    axes = list(plt.subplots(1, len(measures), figsize=(3 * len(measures) + 1.5, 3.2), sharey=True, layout="constrained", squeeze=False)[1][0] if axes is None else axes)
-    for ax, (name, measure) in zip(axes, measures):
-        t = table.loc[(name, measure)]
-        t = t[~((t.gain == 0) & (t.gain_low == 0) & (t.gain_high == 0))][::-1]
+    axes = list(plt.subplots(1, len(panels), figsize=(3 * len(panels) + 1.5, 3.2), sharey=True, layout="constrained", squeeze=False)[1][0] if axes is None else axes)
+    moved = table[["gain", "gain_low", "gain_high"]].ne(0).any(axis=1).groupby(level=-1, sort=False).any()
+    order = list(moved[moved].index) if order is None else order
+    for ax, key in zip(axes, panels):
+        t = table.loc[key].reindex(order[::-1])
         ax.axvline(0, color="gray", lw=.8)
         ax.errorbar(t.gain, t.index, xerr=[t.gain - t.gain_low, t.gain_high - t.gain], fmt="o", ms=4.5, capsize=2)
-        ax.set(xlabel=f"gain in {measure}", title=name)
+        ax.set(**(dict(title=panels[key]) if isinstance(panels, dict) else dict(xlabel=f"gain in {key[1]}", title=key[0])))
     return axes

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COARSE_BITS', 'LOWEST', 'HIGHEST', 'N_COARSE', 'TOKENS', 'MODES', 'coarse_bins', 'coarse_edges', 'AnswerStats',
-           'answer_variance', 'answer_sparsity', 'answer_stats', 'hsav', 'hss', 'eavss', 'hallucination_profile',
-           'flip_labels', 'plot_hallucination']
+           'answer_variance', 'answer_sparsity', 'log_avss', 'answer_stats', 'hsav', 'hss', 'eavss',
+           'hallucination_profile', 'flip_labels', 'plot_hallucination']
 
 # %% ../nbs/08_eavss.ipynb #f808f34d
 import json
@@ -125,6 +125,14 @@ def answer_sparsity(
 ) -> pd.DataFrame:                         # one row an answer, one column a layer
     "S of each answer: the share of its activations that are nearly zero."
     return _frame(stats.below(point, stats.thresholds(point, eps, tau)) / stats.get(point, "count"))
+
+def log_avss(
+    stats: AnswerStats,
+    point: str = "relative_update",
+    tau: float = 0.05,                     # of `answer_sparsity`
+) -> pd.DataFrame:                         # one row an answer, one column a layer
+    "log σ² − log S of each answer, in nats; S counts as at least half an activation."
+    return np.log(answer_variance(stats, point)) - np.log(answer_sparsity(stats, point, tau=tau).clip(lower=.5 / stats.get(point, "count")))
 
 def _frame(values: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(values, index=pd.RangeIndex(len(values), name="answer"), columns=pd.RangeIndex(values.shape[1], name="layer"))

@@ -28,16 +28,16 @@ from .contrastive import choose_arms, compare_arms, contrast_rows, held_out_item
 from .data import (batches, check_folder, claim_folder, data_folder, load_questions, load_sentences, load_text, stored_table,
                           write_whole)
 from .detection import detector_scores, eavss_detector, evaluate_detectors
-from .eavss import answer_sparsity, answer_stats, answer_variance, hallucination_profile, plot_hallucination
+from .eavss import answer_stats, hallucination_profile, log_avss, plot_hallucination
 from .evaluation import is_causal
 from .importance import (FROM_AHEAD, FROM_STATS, damage, layer_scores, rank_agreement, read_layers,
                                 removal_losses)
-from .labeling import generate_answers, label_answers, label_counts
+from .labeling import PromptTooLong, generate_answers, label_answers, label_counts
 from .metrics import LayerStats, avss, sparsity, variance
 from .models import blocks, load_model
 from .pruning import (_measure_items, _packed, chance_level, heal, measure_removal, paired_difference, prune_layers, retention_table,
                              select_layers)
-from .sparsity import acttail_plan, greedy_plan, measure_plans, projection_stats, uniform_plan, weight_exponents
+from .sparsity import greedy_plan, measure_plans, projection_stats, sparse_arms, weight_exponents
 
 # %% ../nbs/30_study.ipynb #0c71e8a0
 @dataclass(frozen=True)
@@ -160,28 +160,24 @@ def _told(answers) -> tuple[pd.DataFrame, list[str], bool]:
     labels = told["alias"].tolist()
     return told, labels, min(labels.count(label) for label in ("right", "wrong")) >= FEWEST
 
+def _nothing(index: list[str], *columns: str) -> pd.DataFrame:
+    "An empty table."
+    return pd.DataFrame(columns=[*index, *columns]).set_index(index)
+
 def wrong_answers(model, tokenizer, data: dict, seed: int) -> dict[str, pd.DataFrame]:
     "The tables `answers, prone, detectors` of a `Study`, from greedy answers behind four examples, labelled by `alias`."
+    none = dict(prone=_nothing(["control", "layer"], "value", "low", "high", "p", "q"), detectors=_nothing(["detector"], "auroc", "auroc_low", "auroc_high"))
     try: answers = label_answers(generate_answers(model, tokenizer, data["questions"], style="few-shot", shots=data["examples"], seed=seed), "alias")
-    except ValueError as error:
-        if "does not fit" not in str(error): raise
-        return dict(answers=pd.DataFrame(index=pd.Index([], name="rule"), columns=["asked"])) | _nothing_compared()
+    except PromptTooLong: return dict(answers=_nothing(["rule"], "asked")) | none
     counts, (told, labels, enough) = label_counts(answers), _told(answers)
-    if not enough: return dict(answers=counts) | _nothing_compared()
+    if not enough: return dict(answers=counts) | none
     stats = answer_stats(model, tokenizer, told, points=("relative_update",))
     parts = {"all": hallucination_profile(stats, labels)}
     try: parts["length"] = hallucination_profile(stats, labels, within="length")
     except ValueError: pass                                       # too few of equal length
-    log_avss = np.log(answer_variance(stats)) - np.log(answer_sparsity(stats).clip(lower=1e-6))
     scores = detector_scores(told)[["length", "neg_mean_logprob"]]
-    found = evaluate_detectors(scores, labels, fitted=dict(eavss=eavss_detector(log_avss.to_numpy(), labels)), seeds=range(5))
+    found = evaluate_detectors(scores, labels, fitted=dict(eavss=eavss_detector(log_avss(stats).to_numpy(), labels)), seeds=range(5))
     return dict(answers=counts, prone=pd.concat(parts, names=["control"]), detectors=found)
-
-def _nothing(names: list[str]) -> pd.DataFrame: return pd.DataFrame(index=pd.MultiIndex.from_arrays([[]] * len(names), names=names), columns=["value"])
-
-def _nothing_compared() -> dict[str, pd.DataFrame]:
-    return dict(prone=pd.DataFrame(index=pd.MultiIndex.from_arrays([[], []], names=["control", "layer"]), columns=["value", "low", "high", "p", "q"]),
-                detectors=pd.DataFrame(index=pd.Index([], name="detector"), columns=["auroc", "auroc_low", "auroc_high"]))
 
 def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False) -> Study:
     """Measure, or load what is already measured, every table of a study;
@@ -245,15 +241,14 @@ def sparse_plans(model, tokenizer, data: dict, settings: Settings, out: Path) ->
     "The table `sparse` of a `Study`: the same share of inputs left out by each plan; thresholds and the greedy plan from the calibration passages."
     p, cut = settings.sparsity, dict(max_length=settings.max_length, overflow="truncate")
     text, tried = batches(data["calibration"], tokenizer, batch_size=16, **cut), batches(data["calibration"][:4], tokenizer, batch_size=4, skip_first=True, **dict(cut, max_length=min(64, settings.max_length)))
-    stats = projection_stats(model, text)
-    plans = {"uniform": uniform_plan(model, p), "TEAL greedy": greedy_plan(model, tried, stats, p, p / 10, progress=True).loc[p].drop(columns="error")}
-    arms = {"whole": None} | {name: dict(plan=plan, stats=projection_stats(model, text, plan)) for name, plan in plans.items()}
-    arms |= {"ActTail": dict(plan=acttail_plan(model, weight_exponents(model), p), rule="top_k"), "by lot": dict(plan=p, rule="random", seed=settings.seed)}
+    path = greedy_plan(model, tried, projection_stats(model, text), p, p / 10, progress=True)
+    made = sparse_arms(model, text, p, path, weight_exponents(model), settings.seed)
+    arms = {"whole": None} | {name: make() for name, make in zip(("uniform", "TEAL greedy", "ActTail", "by lot"), made.values())}
     items = measure_plans(model, tokenizer, arms, data["held_out"], data["questions"], out / "sparse", settings.max_length, progress=True)
     cost = paired_difference(items, "whole", [name for name in arms if name != "whole"], seed=settings.seed).rename_axis(SPARSE)
-    text_, asked = (items.xs(m, level="measure").groupby("choice")[["value", "tokens"]].sum() for m in ("perplexity", "questions"))
-    value = pd.concat(dict(perplexity=np.exp(text_.value / text_.tokens), questions=asked.value / asked.tokens), names=["measure"]).rename("value").rename_axis(SPARSE)
-    return value.to_frame().join(cost)
+    value = items.groupby(["measure", "choice"])[["value", "tokens"]].sum().pipe(lambda t: t.value / t.tokens).rename_axis(SPARSE)
+    value.update(np.exp(value.loc[["perplexity"]]))
+    return value.rename("value").to_frame().join(cost)
 
 def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, calibration, cut: dict) -> Study:
     stats = lambda: _stats(out / "stats.safetensors", model, calibration, ("elements", "samples", "neurons"))
@@ -286,8 +281,8 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     wrong = cache(lambda: wrong_answers(model, tokenizer, data, settings.seed))
     of_answers = {name: stored_table(out / f"{name}.csv", lambda: wrong()[name], index) for name, index in ANSWER_TABLES.items()}
     tune = settings.tune_steps and "right" in of_answers["answers"]          # else the questions do not fit the model's window
-    tuned = stored_table(out / "tuned.csv", lambda: tuned_arms(model, tokenizer, data, settings, out) if tune else _nothing(TUNED), TUNED)
-    sparse = stored_table(out / "sparse.csv", lambda: sparse_plans(model, tokenizer, data, settings, out) if settings.sparsity else _nothing(SPARSE), SPARSE)
+    tuned = stored_table(out / "tuned.csv", lambda: tuned_arms(model, tokenizer, data, settings, out) if tune else _nothing(TUNED, "value"), TUNED)
+    sparse = stored_table(out / "sparse.csv", lambda: sparse_plans(model, tokenizer, data, settings, out) if settings.sparsity else _nothing(SPARSE, "value"), SPARSE)
     study = Study(settings, out, data["names"], profile, scores, losses, removal, sensitivity, certainty, settled, **of_answers, tuned=tuned, sparse=sparse)
     for work in ("healing", "tuning", "sparse"): shutil.rmtree(out / work, ignore_errors=True)      # what was measured is stored
     if not (out / "results.json").exists():

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -30,6 +31,13 @@ for (let node = walker.nextNode(); node; node = walker.nextNode())
 return parts.join('\\n');
 """
 BROKEN_IMAGES = "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src.slice(0, 120));"
+
+
+def run(*command, cwd: Path, **environment) -> str:
+    "What a command says; it must not fail."
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def check_page(browser, url: str) -> list[str]:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from avss_nb.contrastive import (OBJECTIVES, FrozenPrefix, _aligned, _answer_logprobs, _unwrapped, choose_arms, compare_arms, contrast_losses, contrast_rows, contrastive_cosines,
-                                 contrastive_score, contrastive_tune, info_nce, likelihood_contrast, own_wrong_answers, prototype_loss, run_arms, triplet_loss)
+                                 contrastive_score, contrastive_tune, info_nce, likelihood_contrast, own_wrong_answers, plot_arms, prototype_loss, run_arms, triplet_loss)
 from avss_nb.evaluation import option_logprobs
 from avss_nb.models import blocks
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
@@ -296,3 +296,13 @@ def test_perplexity_is_of_all_tokens_and_items_must_agree():
     assert np.isclose(compare_arms(text([20., 90.])).value.iloc[0], np.exp(110 / 40))
     other = text([20., 90.]).assign(item=[0, 2]).rename(index=dict(untouched="other"))
     with pytest.raises(ValueError, match="different items"): compare_arms(pd.concat([text([20., 90.]), other]))
+
+
+def test_arms_are_drawn_from_the_top():
+    "In the table's order without the arm that they are held against, or in a given one; an arm that one measure does not move is there."
+    index = pd.MultiIndex.from_product([["x"], ["mc1", "ahead"], ["late", "early", "untouched"]], names=["set", "measure", "arm"])
+    table = pd.DataFrame(dict(gain=[0., .2, 0, .3, .4, 0]), index).assign(gain_low=lambda t: t.gain * .9, gain_high=lambda t: t.gain * 1.1)
+    shown = lambda *given: [[*zip(ax.lines[1].get_ydata(orig=True), ax.lines[1].get_xdata())][::-1] for ax in plot_arms(table, *given)]
+    assert shown([("x", "mc1"), ("x", "ahead")]) == [[("late", 0), ("early", .2)], [("late", .3), ("early", .4)]]
+    ax, = plot_arms(table, {("x", "ahead"): "lead"}, None, ["untouched", "early"])
+    assert shown({("x", "ahead"): "lead"}, None, ["untouched", "early"]) == [[("untouched", 0), ("early", .4)]] and (ax.get_title(), ax.get_xlabel()) == ("lead", "")

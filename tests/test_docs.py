@@ -28,7 +28,9 @@ def said(node, source: list[str]) -> str:
     return (ast.get_docstring(node) or "") + " " + " ".join(re.findall(r"#(.*)", signature))
 
 
-def arguments(node: ast.FunctionDef) -> list[ast.arg]:
+def arguments(node) -> list[ast.arg]:
+    "None of a class."
+    if isinstance(node, ast.ClassDef): return []
     a = node.args
     return [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
 
@@ -36,42 +38,36 @@ def arguments(node: ast.FunctionDef) -> list[ast.arg]:
 def is_property(node) -> bool: return any(ast.unparse(d) in ("property", "staticmethod") or ast.unparse(d).endswith(".setter") for d in node.decorator_list)
 
 
-@each_module
-def test_everything_exported_has_a_docstring(module):
+def no_docstring(node, source: list[str]) -> list[str]:
     "A property's name and type may be enough."
-    bare = [f"{module.name}:{n.lineno} {n.name}" for n in exported(module) if not ast.get_docstring(n) and not (isinstance(n, ast.FunctionDef) and is_property(n) and n.returns)]
-    assert not bare, "\n".join(bare)
+    return [] if ast.get_docstring(node) or isinstance(node, ast.FunctionDef) and is_property(node) and node.returns else ["has no docstring"]
 
 
-@each_module
-def test_every_argument_is_described(module):
-    "By a comment beside it, by its name in the docstring, by a type that says it (a choice, a flag), or as one of the words that mean the same everywhere."
-    source, missing = module.read_text(encoding="utf-8").splitlines(), []
-    for node in exported(module):
-        if not isinstance(node, ast.FunctionDef): continue
-        text = ast.get_docstring(node) or ""
-        for a in arguments(node):
-            beside = re.search(r"[,)=:\w]\s*#\s*\S", source[a.end_lineno - 1][a.col_offset:]) is not None
-            if not (beside or a.arg in COMMON or re.search(rf"\b{re.escape(a.arg)}\b", text) or f"`{a.arg}" in text or re.search(r"[Oo]ptions (as|of|in)|options", text) and a.arg in ("options", "settings")):
-                missing.append(f"{module.name}:{a.lineno} {node.name}({a.arg})")
-    assert not missing, "\n".join(missing)
+def silent_arguments(node, source: list[str]) -> list[str]:
+    "Each is described by a comment beside it, by its name in the docstring, by a type that says it (a choice, a flag), or as one of the words that mean the same everywhere."
+    text = ast.get_docstring(node) or ""
+    def described(a: ast.arg) -> bool:
+        beside = re.search(r"[,)=:\w]\s*#\s*\S", source[a.end_lineno - 1][a.col_offset:]) is not None
+        return bool(beside or a.arg in COMMON or re.search(rf"\b{re.escape(a.arg)}\b", text) or f"`{a.arg}" in text or re.search(r"[Oo]ptions (as|of|in)|options", text) and a.arg in ("options", "settings"))
+    return [f"has an argument {a.arg}" for a in arguments(node) if not described(a)]
 
 
-@each_module
-def test_every_error_is_named(module):
+def silent_errors(node, source: list[str]) -> list[str]:
     "Each class of errors that a function itself raises stands in its docstring or beside its arguments."
-    source, missing = module.read_text(encoding="utf-8").splitlines(), []
-    for node in exported(module):
-        if not isinstance(node, ast.FunctionDef): continue
-        raised = {ast.unparse(r.exc.func if isinstance(r.exc, ast.Call) else r.exc) for r in ast.walk(node) if isinstance(r, ast.Raise) and r.exc}
-        text = said(node, source)
-        missing += [f"{module.name}:{node.lineno} {node.name} raises {e}" for e in sorted(raised) if e[0].isupper() and e not in text and not re.search(r"[Ee]rrors (as|of|in)", text)]
-    assert not missing, "\n".join(missing)
+    if isinstance(node, ast.ClassDef): return []
+    raised, text = {ast.unparse(r.exc.func if isinstance(r.exc, ast.Call) else r.exc) for r in ast.walk(node) if isinstance(r, ast.Raise) and r.exc}, said(node, source)
+    return [f"raises {e}" for e in sorted(raised) if e[0].isupper() and e not in text and not re.search(r"[Ee]rrors (as|of|in)", text)]
+
+
+def silent_results(node, source: list[str]) -> list[str]:
+    "What is returned has a type or a word."
+    if isinstance(node, ast.ClassDef) or node.returns is not None: return []
+    returns = any(isinstance(r, ast.Return) and r.value is not None for r in ast.walk(node))
+    return ["returns something"] if returns and not re.search(r"[Cc]ontext manager|[Rr]eturns|: ", said(node, source)) else []
 
 
 @each_module
-def test_what_is_returned_has_a_type_or_a_word(module):
+@pytest.mark.parametrize("check", [no_docstring, silent_arguments, silent_errors, silent_results], ids=lambda f: f.__name__)
+def test_what_is_exported_is_described(module, check):
     source = module.read_text(encoding="utf-8").splitlines()
-    silent = [f"{module.name}:{n.lineno} {n.name}" for n in exported(module) if isinstance(n, ast.FunctionDef) and n.returns is None
-              and any(isinstance(r, ast.Return) and r.value is not None for r in ast.walk(n)) and not re.search(r"[Cc]ontext manager|[Rr]eturns|: ", said(n, source))]
-    assert not silent, "\n".join(silent)
+    assert not (found := [f"{module.name}:{node.lineno} {node.name} {what}" for node in exported(module) for what in check(node, source)]), "\n".join(found)

@@ -114,31 +114,21 @@ def write(place: Path, name: str, data: bytes) -> Path:
     return place/name
 
 
-@many(1700)
-@given(files_of(LINES))
-def test_files_of_questions(place, data):
-    with watched(place, "questions"):
-        file = write(place, "questions.jsonl", data)
-        found = clear(lambda: load_questions("mine", path=file), str(file))
-    assert found is None or found.features == QUESTION and all(r["question"].strip() and isinstance(r["answers"], list) for r in found)
+QUESTIONS_READ, SENTENCES_READ = (lambda t: t.features == QUESTION and all(r["question"].strip() and isinstance(r["answers"], list) for r in t)), (lambda t: t.features == SENTENCE and all(r["text"].strip() for r in t))
+FILES = {"questions.jsonl": (load_questions, files_of(LINES), QUESTIONS_READ), "sentences.csv": (load_sentences, files_of(TABLE), SENTENCES_READ), "sentences.tsv": (load_sentences, files_of(TABLE), SENTENCES_READ),
+         "text.txt": (load_text, files_of(TEXT), lambda t: all(isinstance(x, str) and x.strip() for x in t))}
 
 
-@many(1700)
-@given(files_of(TABLE), st.sampled_from(["csv", "tsv"]))
-def test_files_of_sentences(place, data, form):
-    with watched(place, "sentences"):
-        file = write(place, f"sentences.{form}", data)
-        found = clear(lambda: load_sentences("mine", path=file), str(file))
-    assert found is None or found.features == SENTENCE and all(r["text"].strip() for r in found)
-
-
-@many(800)
-@given(files_of(TEXT))
-def test_files_of_text(place, data):
-    with watched(place, "text"):
-        file = write(place, "text.txt", data)
-        found = clear(lambda: load_text("mine", path=file), str(file))
-    assert found is None or all(isinstance(t, str) and t.strip() for t in found)
+@pytest.mark.parametrize("name", FILES)
+@many(1050)
+@given(drawn=st.data())
+def test_files_of_data(place, name, drawn):
+    load, files, good = FILES[name]
+    data = drawn.draw(files)
+    with watched(place, name):
+        file = write(place, name, data)
+        found = clear(lambda: load("mine", path=file), str(file))
+    assert found is None or good(found)
 
 
 @many(1500)

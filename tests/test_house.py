@@ -1,10 +1,7 @@
-"""The files agree with each other: notebooks, package, README, site, settings, pins and wheel."""
+"""The files agree with each other: notebooks, package, README, site, settings and pins."""
 import ast
 import shutil
-import subprocess
 import sys
-import tarfile
-import zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 import _run
 import _site
-from conftest import NBS, ROOT
+from conftest import NBS, ROOT, run
 
 CHAPTERS = _run.chapters()
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
@@ -49,12 +46,6 @@ def copy(tmp_path) -> Path:
     for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff", "_quarto.yml"):
         shutil.copy(ROOT/name, tmp_path/name)
     return tmp_path
-
-
-def run(*command, cwd: Path):
-    "Run a command and fail with what it said."
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -169,17 +160,3 @@ def test_pins_agree_with_settings():
         pin = pins.get(canonicalize_name(needed.name))
         assert pin, f"constraints.txt has no version of {needed.name}"
         assert needed.specifier.contains(pin.version, prereleases=True), f"constraints.txt has {pin} for {needed}"
-
-
-def test_wheel_and_sdist_carry_the_study_notebook(copy):
-    study = (NBS/"30_study.ipynb").read_bytes()
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", cwd=copy)
-    wheel, = (copy/"dist").glob("*.whl")
-    with zipfile.ZipFile(wheel) as z:
-        assert z.read("avss_nb/30_study.ipynb") == study
-        entry_points = z.read(next(n for n in z.namelist() if n.endswith("entry_points.txt"))).decode()
-    assert "avss_study = avss_nb.study:main" in entry_points and "avss_prune = avss_nb.shipping:main" in entry_points and "avss_nb = avss_nb._modidx:d" in entry_points
-    sdist, = (copy/"dist").glob("*.tar.gz")
-    with tarfile.open(sdist) as t:
-        name = next(n for n in t.getnames() if n.endswith("/avss_nb/30_study.ipynb"))
-        assert t.getmember(name).isfile() and t.extractfile(name).read() == study

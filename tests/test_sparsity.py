@@ -15,7 +15,7 @@ from avss_nb.metrics import N_BINS, LayerStats, magnitude_bins
 from avss_nb.models import blocks, load_model
 from avss_nb.pruning import measure_removal, paired_difference, skip_layers
 from avss_nb.sparsity import (_MOST, RULES, SparseLinear, _column_product, _make_dense, _make_sparse, _random_mask, _sizes, _spectrum, acttail_plan, calibrate_thresholds, greedy_plan, hill_exponent, load_sparse, make_sparse,
-                              mean_sparsity, measure_plans, projection_stats, projections, quantile, realised_sparsity, sparsify, top_k, uniform_plan, weight_exponents)
+                              mean_sparsity, measure_plans, projection_stats, projections, quantile, realised_sparsity, sparse_arms, sparsify, top_k, uniform_plan, weight_exponents)
 from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
@@ -348,6 +348,17 @@ def test_heavier_tails_are_spared(family, share):
 
 
 # ---- measuring
+
+def test_arms_leave_out_what_they_say():
+    "All four as many inputs, of a share that is no round number; by thresholds the first two, calibrated on the sparse model."
+    model, text, share = tiny("llama"), [batch_of(9, 4, 6)], 1 / 3
+    path = greedy_plan(model, text, projection_stats(model, text), share, share / 10)
+    arms = {name: make() for name, make in sparse_arms(model, text, share, path, weight_exponents(model)).items()}
+    assert [(name, arm.get("rule", "threshold")) for name, arm in arms.items()] == [("uniform", "threshold"), ("greedy", "threshold"), ("ActTail", "top_k"), ("random", "random")]
+    for name, arm in arms.items():
+        with sparsify(model, **arm): assert abs(mean_sparsity(model, realised_sparsity(model, text)) - share) < .02, name
+        if "stats" in arm: assert all(torch.equal(sums, arm["stats"].sums[of]) for of, sums in projection_stats(model, text, arm["plan"]).sums.items()), name
+
 
 def test_plans_are_measured_as_removals_are(tmp_path, monkeypatch):
     tokenizer = load_model()[1]

@@ -13,8 +13,10 @@ from conftest import check_page
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from avss_nb.data import load_questions
 from avss_nb.models import load_model
-from avss_nb.study import load_study, run_study
+from avss_nb.study import ANSWER_TABLES, load_study, run_study, wrong_answers
+from tiny import tiny
 
 SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48", "--heal-steps", "2", "--tune-steps", "2", "--sparsity", ".5"]
 TABLES = ["profile", "scores", "removal", "sensitivity", "certainty", "settled", "answers", "prone", "detectors", "tuned", "sparse"]
@@ -80,6 +82,15 @@ def test_contrastive_training_stands_beside_the_untouched_model(finished):
     assert blocks_["last"] == blocks_["language-model term alone"] == "7" and len(blocks_["random"].split("; ")) == 2 and set(study.tuned.n) == {8, 12}
     ahead = study.tuned.value.loc["atlas", "ahead"]
     assert ahead.nunique() == 4 and "Fewer wrong answers" in (out/"report.html").read_text() and not (out/"tuning").exists()
+
+
+def test_questions_that_do_not_fit_the_window():
+    "Tables without rows, which `measure` can store."
+    tokenizer, data = load_model()[1], dict(questions=load_questions("atlas", n=2), examples=load_questions("atlas", split="train", n=4))
+    found = wrong_answers(tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=48), tokenizer, data, seed=0)
+    assert {name: [*table.index.names] for name, table in found.items()} == {name: [index] if isinstance(index, str) else index for name, index in ANSWER_TABLES.items()}
+    assert {name: [*table.columns] for name, table in found.items()} == dict(answers=["asked"], prone=["value", "low", "high", "p", "q"], detectors=["auroc", "auroc_low", "auroc_high"])
+    assert not any(map(len, found.values()))
 
 
 def test_report_reads_well_in_a_browser(finished, browser):

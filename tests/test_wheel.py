@@ -1,21 +1,13 @@
 """The wheel is all that a user needs: it is built, checked, unpacked elsewhere, and its commands run from there, without the repository and its notebooks."""
-import os
 import shutil
-import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
-
-
-def run(*command, cwd: Path, **environment) -> str:
-    "What a command says; it must not fail."
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from conftest import NBS, ROOT, run
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +26,18 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-warn-script-location", "--target", folder, wheel, cwd=folder)
     return folder
+
+
+def test_wheel_and_sdist_carry_the_study_notebook(wheel):
+    study = (NBS/"30_study.ipynb").read_bytes()
+    with zipfile.ZipFile(wheel) as z:
+        assert z.read("avss_nb/30_study.ipynb") == study
+        entry_points = z.read(next(n for n in z.namelist() if n.endswith("entry_points.txt"))).decode()
+    assert "avss_study = avss_nb.study:main" in entry_points and "avss_prune = avss_nb.shipping:main" in entry_points and "avss_nb = avss_nb._modidx:d" in entry_points
+    sdist, = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as t:
+        name = next(n for n in t.getnames() if n.endswith("/avss_nb/30_study.ipynb"))
+        assert t.getmember(name).isfile() and t.extractfile(name).read() == study
 
 
 def test_the_index_takes_it(wheel):
