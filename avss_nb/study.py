@@ -234,7 +234,7 @@ def _stats(path: Path, model, some_batches, reduce=("elements",)) -> LayerStats:
 
 def _losses(files: list[Path]) -> pd.DataFrame:
     "The loss of each text without each layer, from the stored batches."
-    parts = [pd.read_csv(file, index_col="text") for file in files]
+    parts = [stored_table(file, pd.DataFrame, "text") for file in files]
     return pd.concat(parts).groupby("text").sum(skipna=False).rename(columns=lambda c: int(c) if c.isdigit() else c)
 
 def healed_items(model, tokenizer, data: dict, layers: list[int], settings: Settings,
