@@ -414,14 +414,18 @@ def _file_in(folder: str | Path, name: str) -> Path:
     if Path(name).name != name or "\0" in name: raise ValueError(f"{name!r} cannot be a file of {folder}: choose a name without a path in it")
     return Path(folder) / name
 
+def _csv(table: pd.DataFrame) -> bytes:
+    "Lines that end in CR LF, as RFC 4180 has it, and the last in LF alone: a table that was cut behind a line is told from a whole one."
+    return (table.to_csv(lineterminator="\r\n").removesuffix("\r\n") + "\n").encode()
+
 def stored_table(path: str | Path, make: Callable[[], pd.DataFrame], index="layer") -> pd.DataFrame:
     "The table stored at `path` as CSV with these `index` columns, got from `make` when it is not there yet; the same to the last bit either way. ValueError naming a damaged file."
     if not Path(path).exists():
-        table = make()
-        write_whole(path, table.to_csv)
+        text = _csv(make())
+        write_whole(path, lambda part: part.write_bytes(text))
     try:
         text = Path(path).read_bytes().decode()
-        if not text.endswith("\n") or "\0" in text or len({len(row) for row in csv.reader(io.StringIO(text, newline=""))}) > 1: raise ValueError
+        if not text.endswith("\n") or text.endswith("\r\n") or "\0" in text or len({len(row) for row in csv.reader(io.StringIO(text, newline=""), strict=True)}) > 1: raise ValueError
         return pd.read_csv(path, index_col=index, dtype=dict(removes=str))
     except (ValueError, IndexError, KeyError, TypeError, csv.Error):     # pandas' own, of a table that is none
         raise ValueError(f"{path} is damaged, or another table: delete it, and it is made again") from None

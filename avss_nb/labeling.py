@@ -212,19 +212,19 @@ def _cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: tuple[str,
 class _Chunks:
     "Rows kept in a folder, a file a chunk; ValueError for a folder of other settings or a damaged file."
     def __init__(self, folder: str | Path | None, settings: dict): self.folder = claim_folder(folder, settings) if folder else None
-    def _read(self, file: Path) -> list[dict]:
+    def _read(self, file: Path, n: int) -> list[dict]:
         text = file.read_bytes()
         try: rows = [json.loads(line) for line in text.decode().splitlines()] if text.endswith(b"\n") else []
         except (ValueError, RecursionError): rows = []
-        if not rows or not all(isinstance(r, dict) and r.keys() == ANSWER.keys() for r in rows): raise ValueError(f"{file} is damaged: delete it, and it is made again")
+        if len(rows) != n or not all(isinstance(r, dict) and r.keys() == ANSWER.keys() for r in rows): raise ValueError(f"{file} is damaged: delete it, and it is made again")
         return rows
-    def __call__(self, number: int, make: Callable[[], list[dict]]) -> list[dict]:
+    def __call__(self, number: int, n: int, make: Callable[[], list[dict]]) -> list[dict]:   # n: rows of a whole chunk
         if self.folder is None: return make()
         file = self.folder / f"{number:05}.jsonl"
         if not file.exists():
             text = "".join(json.dumps(row) + "\n" for row in make())
             write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))
-        return self._read(file)
+        return self._read(file, n)
 
 def _digest(what) -> str: return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
@@ -310,7 +310,7 @@ def generate_answers(
         with tqdm(total=len(rows), desc="answers", disable=not progress) as bar:
             for number, first in enumerate(range(0, len(rows), _CHUNK)):
                 part = slice(first, first + _CHUNK)
-                made += chunks(number, lambda: _answer_rows(model, tokenizer, rows[part], prompts[part], max(1, batch_size // (1 + n_samples)), draw, temperature, ends, stop, bar))
+                made += chunks(number, len(rows[part]) * (1 + n_samples), lambda: _answer_rows(model, tokenizer, rows[part], prompts[part], max(1, batch_size // (1 + n_samples)), draw, temperature, ends, stop, bar))
                 bar.update(min(first + _CHUNK, len(rows)) - bar.n)
     finally: model.train(was_training)
     return Dataset.from_list(made, features=ANSWER)

@@ -81,13 +81,14 @@ def test_killed_trainings_end_with_the_same_weights(killed):
 def spoil(file: Path, how: str):
     whole = file.read_bytes()
     if how == "cut": file.write_bytes(whole[:len(whole) // 2 - 1])
+    if how == "row": file.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
     if how == "empty": file.write_bytes(b"")
     if how == "zeros": file.write_bytes(bytes(len(whole)))
     if how == "garbage": file.write_bytes(b"\xff\xd8" + os.urandom(200))
     if how == "foreign": file.write_text("name,price\ncow,3\n")
 
 
-HOW = ["cut", "empty", "zeros", "garbage", "foreign"]
+HOW = ["cut", "row", "empty", "zeros", "garbage", "foreign"]
 
 
 def told_or_same(work, folder: Path, wanted: dict[str, bytes], spoilt: str) -> bool:
@@ -164,6 +165,46 @@ def test_a_damaged_file_of_answers_and_arms(tmp_path, work, name, how):
     wanted = contents(tmp_path/"out")
     spoil(tmp_path/"out"/name, how)
     assert told_or_same(work, tmp_path/"out", wanted, name)
+
+
+@pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "arms"])
+def test_cut_at_every_line_end(tmp_path, work, name):
+    work(tmp_path/"out")
+    lines = (tmp_path/"out"/name).read_bytes().splitlines(keepends=True)
+    assert len(lines) > 1
+    for n in range(len(lines)):
+        (tmp_path/"out"/name).write_bytes(b"".join(lines[:n]))
+        with pytest.raises(ValueError, match=f"{name} is damaged.*: delete it, and it is made again"): work(tmp_path/"out")
+
+
+def is_damaged(file: Path, index) -> bool:
+    try: stored_table(file, lambda: pytest.fail("it is there"), index)
+    except ValueError as error: return f"{file} is damaged" in str(error)
+    return False
+
+
+@pytest.mark.parametrize("table, index", [(pd.DataFrame(dict(x=[.1, 1 / 3])).rename_axis("layer"), "layer"), (pd.DataFrame(dict(x=[])).rename_axis("layer"), "layer"),
+                                          (pd.DataFrame(dict(a=["one\ntwo", "three, four"]), pd.MultiIndex.from_tuples([("p", 1), ("q\r\n", 2)], names=["set", "item"])), ["set", "item"])],
+                         ids=["numbers", "no row", "texts of several lines"])
+def test_a_table_that_was_cut_anywhere(tmp_path, table, index):
+    file = tmp_path/"table.csv"
+    pd.testing.assert_frame_equal(stored_table(file, lambda: table, index), table, check_exact=True, **({} if len(table) else dict(check_dtype=False, check_index_type=False)))
+    whole = file.read_bytes()
+    for n in range(len(whole)):
+        file.write_bytes(whole[:n])
+        assert is_damaged(file, index), whole[:n]
+    table.to_csv(file)                    # as tables were written before
+    assert not is_damaged(file, index)
+
+
+def test_tables_of_a_study_cut_at_every_line_end(killed, tmp_path):
+    tables = sorted((killed[0]/"study-whole").rglob("*.csv"))
+    assert len(tables) > 12
+    for n, table in enumerate(tables):
+        lines, file = table.read_bytes().splitlines(keepends=True), tmp_path/f"{n}.csv"
+        for k in range(len(lines)):
+            file.write_bytes(b"".join(lines[:k]))
+            assert is_damaged(file, 0), (table, k)
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -1,5 +1,6 @@
 "The command `avss_study`, from a model folder to a report, on a tiny random model."
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import pytest
 import torch
 from conftest import check_page
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
+import avss_nb.study
 from avss_nb.data import load_questions
 from avss_nb.models import load_model
-from avss_nb.study import ANSWER_TABLES, load_study, run_study, wrong_answers
+from avss_nb.study import ANSWER_TABLES, Settings, load_study, main, memory_in_words, run_study, wrong_answers
 from tiny import tiny
 
 SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48", "--heal-steps", "2", "--tune-steps", "2", "--sparsity", ".5"]
@@ -56,6 +58,28 @@ def test_command_writes_the_results_folder(finished):
     assert names >= {"report.ipynb", "report.html", "results.json", "settings.json", "stats.safetensors", *(f"{t}.csv" for t in TABLES)}
     assert {f"figure-{n}.{kind}" for n in ("profile", "retention", "certainty", "sensitivity", "tuned", "sparse") for kind in ("png", "svg")} <= names
     assert not [p for p in out.rglob("*.part")]
+
+
+def test_the_memory_it_takes_is_said_first(finished):
+    out, run = finished
+    assert re.match(r"Memory: 0\.\d\d GB of weights; .* at work on statistics, .* on leave-one-out .* are free\n", run.stdout)
+
+
+@pytest.mark.parametrize("free, warned", [(10**12, False), (10**6, True)])
+def test_memory_of_the_bundled_model(monkeypatch, capsys, tmp_path, free, warned):
+    "Before anything is measured; more than is free is a warning, no refusal."
+    monkeypatch.setattr(avss_nb.study, "_free", lambda settings: free)
+    monkeypatch.setattr(avss_nb.study, "measure", lambda *args: (_ for _ in ()).throw(OSError("measured")))
+    assert main(["smollm2-135m", "--out", str(tmp_path/"out")]) == 2
+    said = capsys.readouterr()
+    first, *rest = said.out.splitlines()
+    assert first.startswith("Memory: 0.54 GB of weights; 0.59 GB at work on statistics, 0.85 GB on leave-one-out") and "measured" in said.err
+    assert len(rest) == warned and all(line.startswith("Warning: that is more than is free") for line in rest)
+
+
+def test_memory_of_a_mixture_of_experts_is_not_planned(tmp_path):
+    MixtralConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, vocab_size=100).save_pretrained(tmp_path)
+    assert memory_in_words(Settings(str(tmp_path))).startswith("Memory: no plan for this model (no 'down' found in MixtralDecoderLayer")
 
 
 def test_results_are_plain_numbers(finished):
