@@ -98,15 +98,18 @@ def _free(settings: Settings) -> float:
     "Bytes of memory that are free where a study runs."
     return torch.cuda.mem_get_info(settings.device or "cuda")[0] if _on_gpu(settings) else psutil.virtual_memory().available
 
+def _memory(settings: Settings, trust_remote_code: bool) -> pd.DataFrame:
+    "`memory_plan` of the model that is asked for; ValueError for one of its own code."
+    config = AutoConfig.from_pretrained(_resolve(settings.model), trust_remote_code=trust_remote_code)
+    if getattr(config, "auto_map", None): raise ValueError("it brings its own code")
+    return memory_plan(config, 4, settings.max_length, settings.dtype and getattr(torch, settings.dtype), points=3)
+
 def memory_in_words(
     settings: Settings,
     trust_remote_code: bool = False,
 ) -> str:   # a line; a second one where more is needed than is free
     "The memory of one process in GB, by `memory_plan`, beside what is free; or why there is no plan (experts stacked in one tensor, a model of its own code)."
-    try:
-        config = AutoConfig.from_pretrained(_resolve(settings.model), trust_remote_code=trust_remote_code)
-        if getattr(config, "auto_map", None): raise ValueError("it brings its own code")
-        plan = memory_plan(config, 4, settings.max_length, settings.dtype and getattr(torch, settings.dtype), points=3)
+    try: plan = _memory(settings, trust_remote_code)
     except Exception as error: return f"Memory: no plan for this model ({_in_one_line(error)})"
     weights, (reading, leaving), free = plan.statistics["weights"] / 1e9, plan.loc["total", ["statistics", "leave_one_out"]] / 1e9, _free(settings) / 1e9
     said = f"Memory: {weights:.2f} GB of weights; {reading:.2f} GB at work on statistics, {leaving:.2f} GB on leave-one-out (Python and training not counted); {free:.2f} GB are free"
