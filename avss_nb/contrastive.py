@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from .data import QUESTION, batch_rows, claim_folder, distractor_kinds
 from .evaluation import is_causal
 from .hooks import _hidden, _input, model_inputs, read_activations
-from .models import blocks
+from .models import _identity, blocks
 from .pruning import PassThrough, _adapted, _arguments, _in_place_of, _last_checkpoint, _own_dice, check_layers
 
 # %% ../nbs/10_contrastive.ipynb #68b01944
@@ -401,7 +401,7 @@ def contrastive_tune(
     layers, rows, counts, config = _check(model, tokenizer, questions, layers, objective, lm_weight, negatives, point, pooling, template, end, steps, batch_size, rank, targets, save_every)
     first = layers[0]
     recipe = dict(layers=layers, objective=objective, lm_weight=lm_weight, contrast_weight=contrast_weight, point=point, pooling=pooling, temperature=temperature, margin=margin, steps=steps,
-                  batch_size=batch_size, learning_rate=learning_rate, rank=rank, targets=sorted(config.target_modules), seed=seed, rows=_rows_key(rows), parameters=model.num_parameters())
+                  batch_size=batch_size, learning_rate=learning_rate, rank=rank, targets=sorted(config.target_modules), seed=seed, rows=_rows_key(rows), parameters=model.num_parameters(), model=_identity(model))
     with TemporaryDirectory() as spare:
         folder = claim_folder(out, recipe, "contrastive.json", counts=counts) if out else Path(spare)
         prefix = _prefix(reuse, model, tokenizer, rows, first, progress)
@@ -446,6 +446,7 @@ from .data import _file_in, batches, stored_table
 from .detection import _first
 from .evaluation import average_precision, classify, multiple_choice, option_logprobs, reciprocal_rank, text_losses
 from .labeling import exact_match, generate_answers, label_answers, token_f1
+from .models import _identity
 
 # %% ../nbs/10b_arms.ipynb #75556036
 def choose_arms(
@@ -542,7 +543,7 @@ def run_arms(
     rows, _ = contrast_rows(tokenizer, questions, **own_words)
     tables = {key: _file_in(out, f"{key[0].replace(' ', '-')}-{key[1]}.csv") for key in runs} if out else {}
     if len({*tables.values()}) < len(tables): raise ValueError(f"two of the arms {', '.join(arms)} have the same file: give them other names")
-    if out: out = claim_folder(out, dict(runs={"/".join(k): o and {n: v for n, v in o.items() if n != "on_step"} for k, o in runs.items()}, rows=_rows_key(rows)), "arms.json")
+    if out: out = claim_folder(out, dict(runs={"/".join(k): o and {n: v for n, v in o.items() if n != "on_step"} for k, o in runs.items()}, rows=_rows_key(rows), model=_identity(model)), "arms.json")
     firsts, prefix, found = [min(o["layers"]) for k, o in runs.items() if o and not (out and tables[k].exists())], None, {}
     for key, own in tqdm(runs.items(), desc="arms", disable=not progress):
         folder = out / "training" / tables[key].stem if out else None

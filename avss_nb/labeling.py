@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .data import QUESTION, batch_rows, claim_folder, write_whole
 from .evaluation import _bootstrap, _cache_name, _cache_of, is_causal
 from .hooks import _counts_positions_itself, input_device, model_inputs
-from .models import _in_one_line, check_tokenizer
+from .models import _identity, _in_one_line, check_tokenizer
 
 # %% ../nbs/07_labeling.ipynb #7c5ea804
 STYLES = ("squad", "triviaqa", "nq", "raw")
@@ -227,11 +227,6 @@ class _Chunks:
         return self._read(file, n)
 
 def _digest(what) -> str: return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-def _identity(model: nn.Module) -> str:
-    "A name for a model and its weights: of each parameter the shape and the first eight numbers."
-    weights = [(name, list(p.shape), p.detach().flatten()[:8].float().tolist()) for name, p in model.named_parameters() if not p.is_meta]
-    return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {_digest(weights)}"
 
 # %% ../nbs/07_labeling.ipynb #b81cb9a9
 ANSWER = Features({k: QUESTION[k] for k in ("id", "question", "answers", "distractors", "source")} |

@@ -168,6 +168,26 @@ def check_tokenizer(
                 digits="single" if sum(any(c.isdigit() for c in token) for token in year) == 4 else "grouped",
                 vocabulary=len(tokenizer))
 
+# %% ../nbs/00_models.ipynb #99582df8
+def _content(name_or_path: str | Path) -> dict[str, str]:
+    "`content`: a digest of a model's files (GGUF, or `*.json` and `*.safetensors` of a folder): names, sizes and up to 1,024 pieces of 4 KB of each; {} for a name, which stands for itself."
+    path = Path(os.path.expanduser(name_or_path))
+    if str(name_or_path) in KNOWN_MODELS or not path.exists(): return {}
+    sha = hashlib.sha256()
+    for file in sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        sha.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as data:
+            for start in range(0, size, max(4096, size // 1024)):
+                data.seek(start)
+                sha.update(data.read(4096))
+    return dict(content=sha.hexdigest()[:16])
+
+def _identity(model: nn.Module) -> str:
+    "A name for a model and its weights: of each parameter the shape and the first eight numbers."
+    weights = [(name, list(p.shape), p.detach().flatten()[:8].float().tolist()) for name, p in model.named_parameters() if not p.is_meta]
+    return f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, {hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]}"
+
 # %% ../nbs/00_models.ipynb #4e976b1a
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     """Every outermost ModuleList whose length is the config's number of layers (any length without a config),

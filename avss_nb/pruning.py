@@ -376,6 +376,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 
 from .data import claim_folder
 from .evaluation import _nll
+from .models import _identity
 
 # %% ../nbs/05c_healing.ipynb #ec7f8d70
 def _packed(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int) -> torch.Tensor:
@@ -515,7 +516,8 @@ def heal(
     if teacher is not None and teacher.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
         raise ValueError("teacher and model have different vocabularies")
     recipe = dict(steps=steps, batch_size=batch_size, max_length=max_length, learning_rate=learning_rate, rank=rank, seed=seed,
-                  distilled=teacher is not None, text=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], parameters=model.num_parameters())
+                  distilled=teacher is not None, text=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], parameters=model.num_parameters(),
+                  model=_identity(model), teacher=None if teacher is None else _identity(teacher))
     with TemporaryDirectory() as spare:
         folder = claim_folder(out, recipe, "healing.json") if out else Path(spare)
         arguments = _arguments(folder, model, steps, batch_size, learning_rate, seed, save_every if out else None)

@@ -33,7 +33,7 @@ from .eavss import AnswerStats
 from .hooks import sublayer
 from .importance import FROM_AHEAD, FROM_STATS, damage, layer_scores, read_ahead, read_layers, removal_losses
 from .metrics import N_BINS, LayerStats
-from .models import blocks
+from .models import _identity, blocks
 from .sparsity import projections
 
 # %% ../nbs/13_scale.ipynb #39f50c57
@@ -249,6 +249,7 @@ def spread_scores(
     if wrong := [m for m in methods if m not in {**FROM_STATS, **FROM_AHEAD} and m not in alone]:
         raise ValueError(f"{wrong[0]!r} is not a sum over texts: run layer_scores in one process")
     place = lambda name: out and Path(out) / name
+    if out: options["settings"] = dict(model=_identity(model)) | options.get("settings", {})
     stats = ahead = losses = None
     if set(methods) & set(FROM_STATS):
         stats = spread(lambda some: read_layers(model, some, reduce=("elements", "samples")), batches, place("stats"), **options)

@@ -18,7 +18,7 @@ from .data import batches, claim_folder, stored_table
 from .evaluation import is_causal
 from .hooks import model_inputs
 from .importance import BY_RUNNING, FROM_AHEAD, FROM_STATS, layer_scores
-from .models import blocks, load_model
+from .models import _content, blocks, load_model
 from .pruning import _packed, chance_level, measure_removal, prune_layers, retention_table, select_layers
 from .study import Settings, _add_settings, healed_items, study_data
 
@@ -111,7 +111,7 @@ def prune_to_folder(
     select_layers(pd.Series(range(n_layers)), settings.fraction)      # errors now, not after the measurements
     prune_layers(whole, [n_layers - 1])
     if settings.heal_steps: _packed(data["train"], tokenizer, max_length=128, batch_size=4)
-    work = claim_folder(out.with_name(out.name + ".partial"), recipe, "recipe.json")
+    work = claim_folder(out.with_name(out.name + ".partial"), recipe | _content(settings.model), "recipe.json")
     calibration = batches(data["calibration"], tokenizer, settings.max_length, batch_size=4, overflow="truncate")
     table = stored_table(work / "scores.csv", lambda: layer_scores(whole, calibration, [score], progress=True) if given is None else given)
     layers = select_layers(table[score], settings.fraction)

@@ -36,7 +36,7 @@ from .importance import (FROM_AHEAD, FROM_STATS, damage, layer_scores, rank_agre
                                 removal_losses)
 from .labeling import PromptTooLong, generate_answers, label_answers, label_counts
 from .metrics import LayerStats, avss, sparsity, variance
-from .models import _in_one_line, _resolve, blocks, load_model
+from .models import _content, _in_one_line, _resolve, blocks, load_model
 from .pruning import (_measure_items, _packed, chance_level, heal, measure_removal, paired_difference, prune_layers, retention_table,
                              select_layers)
 from .scale import memory_plan
@@ -98,18 +98,15 @@ def _free(settings: Settings) -> float:
     "Bytes of memory that are free where a study runs."
     return torch.cuda.mem_get_info(settings.device or "cuda")[0] if _on_gpu(settings) else psutil.virtual_memory().available
 
-def _memory(settings: Settings, trust_remote_code: bool) -> pd.DataFrame:
-    "`memory_plan` of the model that is asked for; ValueError for one of its own code."
-    config = AutoConfig.from_pretrained(_resolve(settings.model), trust_remote_code=trust_remote_code)
-    if getattr(config, "auto_map", None): raise ValueError("it brings its own code")
-    return memory_plan(config, 4, settings.max_length, settings.dtype and getattr(torch, settings.dtype), points=3)
-
 def memory_in_words(
     settings: Settings,
     trust_remote_code: bool = False,
 ) -> str:   # a line; a second one where more is needed than is free
     "The memory of one process in GB, by `memory_plan`, beside what is free; or why there is no plan (experts stacked in one tensor, a model of its own code)."
-    try: plan = _memory(settings, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(_resolve(settings.model), trust_remote_code=trust_remote_code)
+        if getattr(config, "auto_map", None): return "Memory: no plan for this model (it brings its own code)"
+        plan = memory_plan(config, 4, settings.max_length, settings.dtype and getattr(torch, settings.dtype), points=3)
     except Exception as error: return f"Memory: no plan for this model ({_in_one_line(error)})"
     weights, (reading, leaving), free = plan.statistics["weights"] / 1e9, plan.loc["total", ["statistics", "leave_one_out"]] / 1e9, _free(settings) / 1e9
     said = f"Memory: {weights:.2f} GB of weights; {reading:.2f} GB at work on statistics, {leaving:.2f} GB on leave-one-out (Python and training not counted); {free:.2f} GB are free"
@@ -209,7 +206,8 @@ def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False
     """Measure, or load what is already measured, every table of a study;
     ValueError, OSError or FloatingPointError before anything is half done."""
     out = Path(out)
-    check_folder(out, asdict(settings))
+    asked = asdict(settings) | _content(settings.model)
+    check_folder(out, asked)
     data = study_data(settings)
     model, tokenizer = load_model(settings.model, dtype=settings.dtype and getattr(torch, settings.dtype),
                                   device=settings.device, trust_remote_code=trust_remote_code)
@@ -218,7 +216,7 @@ def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False
     select_layers(pd.Series(range(len(blocks(model)))), settings.fraction)   # errors now, not after the measurements
     if settings.heal_steps: _packed(data["train"], tokenizer, max_length=128, batch_size=4)
     if settings.tune_steps: contrast_rows(tokenizer, data["learn"])
-    claim_folder(out, asdict(settings), device=_device(settings))
+    claim_folder(out, asked, device=_device(settings))
     cut = dict(max_length=settings.max_length, batch_size=4, overflow="truncate")
     calibration = batches(data["calibration"], tokenizer, **cut)
     return _measure_all(model, tokenizer, data, settings, out, calibration, cut)
@@ -324,7 +322,7 @@ def load_study(out: str | Path) -> Study:
     tables = {name: stored_table(out / f"{name}.csv", lambda: stored(name), index)
               for name, index in dict(profile="layer", scores="layer", removal="method", sensitivity="setting",
                                       certainty=["method", "layer"], settled="method", tuned=TUNED, sparse=SPARSE, **ANSWER_TABLES).items()}
-    return Study(Settings(**note["settings"]), out, note["data"],
+    return Study(Settings(**{k: v for k, v in note["settings"].items() if k != "content"}), out, note["data"],
                  losses=_losses(sorted(out.glob("losses/batch-*.csv"))), **tables)
 
 # %% ../nbs/30_study.ipynb #274619f6

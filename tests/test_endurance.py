@@ -5,27 +5,31 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import avss_nb.data
 import avss_nb.labeling
+import avss_nb.shipping
 import avss_nb.study
 from avss_nb.contrastive import contrastive_tune, run_arms
-from avss_nb.data import claim_folder, stored_table
+from avss_nb.data import check_folder, claim_folder, stored_table
 from avss_nb.labeling import generate_answers
-from avss_nb.models import load_model
-from avss_nb.pruning import _last_checkpoint
+from avss_nb.models import _content, load_model
+from avss_nb.pruning import _last_checkpoint, heal
+from avss_nb.scale import spread_scores
 from avss_nb.study import measure, run_study, study_data
+from conftest import ROOT
 from nursery import ASKED, SMALL
 from test_bad_input import files, model_folder as short_window, small_files, tiny_gguf
 from test_contrastive import QUESTIONS, SHORT, Letters, chosen
-from tiny import one_thread, tiny
+from tiny import batch_of, one_thread, tiny
 
 PLAN = dict(study=dict(changes=14, kills=14), prune=dict(changes=10, kills=8), answers=dict(changes=6, kills=14), arms=dict(changes=20, kills=12), tune=dict(changes=20, kills=10))
 
@@ -244,6 +248,70 @@ def test_other_settings_of_a_study(killed, quick, tmp_path):
     before = contents(tmp_path/"out")
     with pytest.raises(ValueError, match="holds a run with .*passages=4.*choose another folder"): run_study(quick.model, tmp_path/"out", **SMALL | dict(passages=5))
     assert contents(tmp_path/"out") == before
+
+
+def other_weights(folder: Path):
+    "Another model of the same shapes at the same path."
+    file, = folder.glob("*.safetensors")
+    save_file({k: v + 1 for k, v in load_file(file).items()}, file, metadata=dict(format="pt"))
+
+
+def other_config(folder: Path): (folder/"config.json").write_text((folder/"config.json").read_text().replace("2048", "1024"))
+
+
+class Begun(Exception): "The run was let in."
+
+
+def claimed(out: Path, model: Path): return measure(avss_nb.study.Settings(model=str(model), **SMALL), out)
+
+
+def pruned(out: Path, model: Path): return avss_nb.shipping.prune_to_folder(model, out, **SMALL)
+
+
+@pytest.mark.parametrize("change", [other_weights, other_config])
+@pytest.mark.parametrize("work, note", [(claimed, "out/settings.json"), (pruned, "out.partial/recipe.json")], ids=["study", "prune"])
+def test_another_model_at_the_same_path(at_hand, model_folder, tmp_path, monkeypatch, work, note, change):
+    "Refused; times of change do not count, and notes from before know no content."
+    def stop(*args, **options): raise Begun
+    for module, first in ((avss_nb.study, "_measure_all"), (avss_nb.shipping, "stored_table")):
+        monkeypatch.setattr(module, "study_data", lambda settings: at_hand[1])
+        monkeypatch.setattr(module, first, stop)
+    model, note = tmp_path/"model", tmp_path/note
+    shutil.copytree(model_folder, model)
+    def begun():
+        with pytest.raises(Begun): work(tmp_path/"out", model)
+    begun()
+    whole = note.read_bytes()
+    for file in model.iterdir(): os.utime(file, (0, 0))
+    begun()
+    change(model)
+    with pytest.raises(ValueError, match="holds a run with content=.*choose another folder"): work(tmp_path/"out", model)
+    assert note.read_bytes() == whole
+    old = json.loads(whole)
+    del old["settings"]["content"]
+    note.write_text(json.dumps(old))
+    begun()
+
+
+def tuned_in(out: Path, model): return contrastive_tune(model, Letters(), QUESTIONS, [3], out=out, **SHORT | dict(steps=2))
+def healed_in(out: Path, model): return heal(model, ["So it goes. " * 20], tokenizer=PADS, out=out, steps=1, batch_size=1, max_length=8)
+def taught_in(out: Path, model): return heal(tiny("llama", vocab_size=300), ["So it goes. " * 20], model, PADS, out=out, steps=1, batch_size=1, max_length=8)
+def scored_in(out: Path, model): return spread_scores(model, [batch_of(4, 3)], ["avss"], out=out)
+def arms_in(out: Path, model): return run_arms(model, Letters(), QUESTIONS, dict(untouched=None), chosen, seeds=(0,), out=out, **SHORT)
+
+
+@pytest.mark.parametrize("work", [tuned_in, healed_in, taught_in, scored_in, arms_in])
+def test_another_model_of_the_same_shapes(tmp_path, work):
+    model = tiny("llama", vocab_size=300) if work in (healed_in, taught_in) else tiny("llama")
+    work(tmp_path/"out", model)
+    work(tmp_path/"out", model)
+    with torch.no_grad(): next(model.parameters())[0] += 1
+    with pytest.raises(ValueError, match="holds a run with .*choose another folder"): work(tmp_path/"out", model)
+
+
+def test_notes_of_the_stored_studies_are_accepted():
+    for note in (ROOT/"nbs"/"results").glob("*/settings.json"): assert "content" not in json.loads(note.read_text())["settings"]
+    check_folder(ROOT/"nbs"/"results"/"study", asdict(avss_nb.study.Settings(heal_steps=40, tune_steps=20, sparsity=.5)) | _content("smollm2-135m"))
 
 
 @pytest.mark.parametrize("work", [answered, armed], ids=["answers", "arms"])
