@@ -226,7 +226,7 @@ def contrast_losses(
     pooling: str = "mean",             # of an answer's states, of `POOLINGS`
     temperature: float = None,         # default .1, for `likelihood` 1
     margin: float = 0.2,               # of `triplet`
-) -> dict[str, torch.Tensor]:          # `lm`: nats a token of the right answers; `contrast`: mean over the layers
+) -> dict[str, torch.Tensor]:          # scalars; `lm`: nats a token of the right answers; `contrast`: mean over the layers
     "The two terms of the training loss on one batch of questions with their answers."
     with _reading(model, layers if objective in OBJECTIVES[:3] else (), point) as found:
         logprobs = _answer_logprobs(model, batch)
@@ -347,7 +347,7 @@ def _prefix(reuse, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: l
     return reuse
 
 def _check(model, tokenizer, questions, layers, objective="likelihood", lm_weight=1., negatives=3, point="output", pooling="mean", template="Question: {question}\nAnswer:", end="\n",
-           steps=100, batch_size=4, rank=8, targets=None, save_every=50, **others) -> tuple[list[int], list[dict], dict, LoraConfig]:
+           steps=100, batch_size=4, rank=8, targets=None, save_every=50, **others) -> tuple[list[int | str], list[dict], dict, LoraConfig]:
     "Layers, rows, counts and corrections of a training; ValueError for what cannot be trained, before anything is."
     if point not in _POINTS or pooling not in POOLINGS: raise ValueError(f"point is one of {', '.join(_POINTS)} and pooling one of {', '.join(POOLINGS)}, not {point!r} and {pooling!r}")
     if min(steps, batch_size, rank, save_every, negatives) < 1: raise ValueError("steps, batch_size, rank, save_every and negatives are at least 1")
@@ -422,7 +422,7 @@ def contrastive_cosines(
     pooling: str = "mean",
     batch_size: int = 16,
 ) -> pd.DataFrame:                   # one row an answer, one column a layer
-    "Cosine between the state at the end of the prompt and the answer's. ValueError naming an answer without a token."
+    "Cosine between the state at the end of the prompt and the answer's (our reading). ValueError naming an answer without a token."
     layers = check_layers(range(len(blocks(model))) if layers is None else layers, len(blocks(model)), every=True)
     rows = [dict(question=i, prompt=list(p), answer=list(a)) for i, (p, a) in enumerate(zip(answers["prompt_tokens"], answers["answer_tokens"]))]
     if empty := [r["question"] for r in rows if not r["answer"]]: raise ValueError(f"answer {empty[0]} has no token ({len(empty)} of {len(rows)}): leave those out first")
@@ -435,7 +435,7 @@ def contrastive_cosines(
     return pd.DataFrame(found, columns=pd.Index(layers, name="layer"))
 
 def contrastive_score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, answers: Dataset, layers: Iterable[int], **options) -> pd.Series:
-    "One less the mean cosine over these layers: higher = more suspicious. Options and errors of `contrastive_cosines`."
+    "One less the mean cosine over these layers, a row an answer: higher = more suspicious. Options and errors of `contrastive_cosines`."
     return (1 - contrastive_cosines(model, tokenizer, answers, layers, **options).mean(axis=1)).rename("contrastive")
 
 # %% ../nbs/10b_arms.ipynb #d33edc46
@@ -518,7 +518,7 @@ def held_out_items(
 # %% ../nbs/10b_arms.ipynb #1f73320f
 def _runs(arms: dict, seeds: list[int], options: dict, n_layers: int) -> dict[tuple[str, str], dict | None]:
     "(arm, run) -> options of the training, None for none; ValueError for an arm with more blocks than there are."
-    runs = {}
+    runs: dict[tuple[str, str], dict | None] = {}
     for name, draws in arms.items():
         if draws is None: runs[name, "0-0"] = None
         for draw, arm in enumerate(draws or ()):

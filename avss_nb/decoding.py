@@ -46,7 +46,7 @@ def jensen_shannon(
     logp: torch.Tensor,   # (..., V) log-probabilities, nats
     logq: torch.Tensor,   # the same of the other distribution
 ) -> torch.Tensor:        # (...) nats, 0 to log 2
-    "Jensen–Shannon divergence H((p + q)/2) − (H(p) + H(q))/2."
+    "Jensen–Shannon divergence H((p + q)/2) − (H(p) + H(q))/2 (Lin, 1991), as DoLa's distance."
     p, q = logp.exp(), logq.exp()
     entropy = lambda x: torch.special.entr(x).sum(-1)
     return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).clamp_min(0)
@@ -67,7 +67,7 @@ def exit_logits(
     model: nn.Module,        # a causal language model
     hidden: torch.Tensor,    # (B, T, d) the residual stream after a block
 ) -> torch.Tensor:           # (B, T, V)
-    "The logits that the model would give if its last block returned `hidden` (the logit lens)."
+    "The logits that the model would give if its last block returned `hidden` (the logit lens; nostalgebraist, 2020)."
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=input_device(model))
     with torch.no_grad(), resume_at(model, len(blocks(model)), hidden): return model.forward(input_ids=ids, use_cache=False).logits
 
@@ -79,7 +79,7 @@ def _premature(model: nn.Module, layers: int | Iterable[int]) -> list[int]:
     if not layers: raise ValueError(f"there is no layer to contrast with: name blocks of 0 to {n - 2}")
     if halves := [l for l in layers if isinstance(l, str)]: raise ValueError(f"whole blocks are contrasted, not {halves[0]!r}")
     if layers == [n - 1]: raise ValueError(f"block {n - 1} is the last one: contrasted with itself it prefers nothing; name an earlier one")
-    return layers
+    return [int(l) for l in layers]
 
 def _penalized(scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None, at: torch.Tensor, penalty: float) -> torch.Tensor:
     "(B, K, V): the scores at the positions `at`, less for tokens that were read up to there (CTRL's repetition penalty, as in transformers)."
@@ -156,7 +156,7 @@ def layer_contrast_generate(
     repetition_penalty: float = 1.0,
     out: str | Path = None,            # a folder to keep answers in, and to go on from
     **options,                         # of `generate_answers`
-) -> Dataset:                          # as `generate_answers`; `logprobs, entropies` are those of the contrasted distribution
+) -> Dataset:                          # as `generate_answers`; `logprobs, entropies` (nats) are those of the contrasted distribution
     "Answers by layer contrast (DoLa, arXiv 2309.03883); errors as in `layer_contrast` and `generate_answers`."
     with layer_contrast(model, layers, alpha, repetition_penalty):
         settings = dict(layers=_premature(model, layers), alpha=alpha, repetition_penalty=repetition_penalty)

@@ -86,7 +86,7 @@ def _finite(name: str, scores: np.ndarray, rows: Sequence = None) -> np.ndarray:
     "Scores as floats; FloatingPointError naming the detector and the first answer without a finite one."
     scores = np.asarray(scores, float)
     if (bad := np.flatnonzero(~np.isfinite(scores))).size:
-        row = bad[0] if rows is None else rows[bad[0]]
+        row = bad[0] if rows is None else rows[int(bad[0])]
         raise FloatingPointError(f"detector {name!r} gives answer {row} the score {scores[bad[0]]}: mend it, or leave the answer out")
     return scores
 
@@ -154,7 +154,7 @@ def eigenscore(
     states: np.ndarray,     # (samples, width): hidden states of samples of one question
     alpha: float = 1e-3,    # added to the diagonal
 ) -> float:
-    """Mean log10 of the eigenvalues of the samples' covariance (width − 1 below, each sample centred) + alpha·I: the form of INSIDE's code.
+    """Mean log10 of the eigenvalues of the samples' covariance (width − 1 below, each sample centred) + alpha·I: the form of INSIDE's code (arXiv 2402.03744).
     ValueError for fewer than two samples; FloatingPointError where a state is not finite."""
     states = np.asarray(states, float)
     if states.ndim != 2 or min(states.shape) < 2: raise ValueError(f"EigenScore needs at least two samples × two units, not {states.shape}")
@@ -401,7 +401,8 @@ def _mean_and_ends(by_split: np.ndarray, level: float) -> tuple[float, float, fl
     there = np.isfinite(by_split)
     if there.mean() < .75: raise ValueError(f"too few answers of one class for an interval: it is missing from {1 - there.mean():.0%} of the resamples of questions")
     means = np.where(there, by_split, 0).sum(0)[there.any(0)] / there.sum(0)[there.any(0)]
-    return float(means[0]), *map(float, np.quantile(means[1:], [(1 - level) / 2, (1 + level) / 2]))
+    low, high = np.quantile(means[1:], [(1 - level) / 2, (1 + level) / 2])
+    return float(means[0]), float(low), float(high)
 
 def evaluate_detectors(
     scores: pd.DataFrame,                  # a row an answer, a column a detector, as from `detector_scores`; higher = more suspicious
@@ -429,7 +430,7 @@ def evaluate_detectors(
         found = by_seed if fitted else [_measures(fixed[name][rows], wrong[rows], draws[:, rows])]
         table[name] = dict(n=len(rows), wrong=int(wrong[rows].sum()), left_out=len(wrong) - len(rows))
         for i, measure in enumerate(MEASURES):
-            one_seed = [x[i, 0] for x in by_seed] or [np.nan]
+            one_seed = [float(x[i, 0]) for x in by_seed] or [np.nan]
             numbers = *_mean_and_ends(np.array([x[i] for x in found]), level), min(one_seed), max(one_seed)
             table[name] |= dict(zip((measure, *(f"{measure}_{end}" for end in ("low", "high", "seed_low", "seed_high"))), numbers))
     return pd.DataFrame(table).T.astype(dict(n=int, wrong=int, left_out=int)).rename_axis("detector")

@@ -38,7 +38,7 @@ def coarse_bins(a: torch.Tensor) -> torch.Tensor:
     return ((magnitude_bins(a) >> _FINER) - (_FIRST - 1)).clamp_(0, N_COARSE - 1)
 
 def coarse_edges() -> np.ndarray:
-    "Lower edges of the coarse bins, then infinity: N_COARSE + 1 values."
+    "Lower edges of the coarse bins, then infinity: (N_COARSE + 1,)."
     inner = bin_edges()[_FIRST << _FINER:((_FIRST + N_COARSE - 2) << _FINER) + 1:1 << _FINER]
     return np.concatenate([[0], inner, [np.inf]])
 
@@ -69,7 +69,7 @@ class AnswerStats:
     @property
     def n_layers(self) -> int: return next(iter(self.sums.values())).shape[1]
     def get(self, point: str, quantity: str) -> np.ndarray:
-        "One quantity of every answer and layer, or a ValueError that says what was collected."
+        "One quantity of every answer and layer, (answers, layers) or (answers, layers, bins), or a ValueError that says what was collected."
         if f"{point}.{quantity}" not in self.sums: raise ValueError(f"{point!r} was not collected with {quantity!r}: there is {', '.join(sorted(self.sums))}")
         return self.sums[f"{point}.{quantity}"].numpy()
     def select(self, rows) -> "AnswerStats":
@@ -418,7 +418,7 @@ def hallucination_profile(
     delta: float = 1e-6,
 ) -> pd.DataFrame:                     # per layer: `value, low, high, p, q`; `attrs` has the counts and settings
     """A measure in every layer with its bootstrap interval over questions, label-permutation p and Benjamini–Hochberg q over the layers
-    (`gap`: one-sided). ValueError for labels or groups that cannot be compared, and for a value that is not finite (the layers are named)."""
+    (`gap`: one-sided); the tests are our addition to the paper. ValueError for labels or groups that cannot be compared, and for a value that is not finite (the layers are named)."""
     if mode not in MODES or measure not in ("eavss", "hsav", "hss"): raise ValueError(f"mode is one of {', '.join(MODES)} and measure eavss, hsav or hss, not {mode!r} and {measure!r}")
     if n_permutations < 1 or n_resamples < 0 or not 0 < level < 1: raise ValueError(f"n_permutations={n_permutations}, n_resamples={n_resamples}, level={level}: at least 1, at least 0, between 0 and 1")
     design, (deal_rng, draw_rng) = _Design(stats, labels, groups, within), np.random.default_rng(seed).spawn(2)
@@ -441,7 +441,7 @@ def _portions(n: int, at_once: int = 250) -> list[int]: return [min(at_once, n -
 
 def _interval(drawn: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     "Percentiles over the first axis; a resample without one of the groups has no value and is left out."
-    return tuple(np.nanquantile(drawn, share, axis=0, method=side) for share, side in (((1 - level) / 2, "lower"), ((1 + level) / 2, "higher")))
+    return np.nanquantile(drawn, (1 - level) / 2, axis=0, method="lower"), np.nanquantile(drawn, (1 + level) / 2, axis=0, method="higher")
 
 # %% ../nbs/08_eavss.ipynb #c7ee7182
 def flip_labels(

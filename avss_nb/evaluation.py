@@ -203,7 +203,7 @@ def classify(
     labels: tuple[str, ...] = (" negative", " positive"),         # the word for label 0, label 1, …
     neutral: str = "N/A",                                         # the text without content
     **options,
-) -> pd.DataFrame:                                                # `correct` (0/1), `score` (log-odds, last over first)
+) -> pd.DataFrame:                                                # one row a sentence: `correct` (0/1), `score` (log-odds in nats, last over first)
     "Zero-shot classification by the likelihood of label words, less that after a neutral text."
     prompts = [template.format(text=t) for t in (neutral, *sentences["text"])]
     table = option_logprobs(model, tokenizer, prompts, [list(labels)] * len(prompts), **options)
@@ -237,7 +237,7 @@ class LinearProbe:
         target = (self.labels if labels is None else torch.as_tensor(labels))[batch["index"]]
         return F.cross_entropy(logits, target, reduction="none").double(), torch.ones(len(target), dtype=torch.int64)
     def predict(self, model: nn.Module, batches: Iterable[dict]) -> pd.Series:
-        "The class of each text."
+        "The class of each text; index: the text's number."
         rows = [pd.Series(self._logits(model, batch).argmax(1).numpy(), index=batch["index"].numpy()) for batch in batches]
         return pd.concat(rows).sort_index()
 
@@ -247,7 +247,7 @@ def retention(
     after: float,           # what is left
     chance: float = 0.0,    # the score of guessing: 0 gives the raw ratio
 ) -> float:                 # 1 = all is retained, 0 = no better than chance
-    "(after − chance) / (before − chance); ValueError where the whole model is not above chance."
+    "(after − chance) / (before − chance): what the AVSS paper calls retained, above chance in our reading. ValueError where the whole model is not above chance."
     if not before > chance:
         raise ValueError(f"nothing to retain: the whole model scores {before:.3g}, chance is {chance:.3g}")
     return (after - chance) / (before - chance)
@@ -277,7 +277,8 @@ def _bootstrap(data: tuple, statistic, level: float, n_resamples: int, seed: int
         warnings.simplefilter("ignore", sps.DegenerateDataWarning)
         result = sps.bootstrap(data, statistic, paired=True, vectorized=True, method="percentile",
                                confidence_level=level, n_resamples=n_resamples, rng=seed)
-    return tuple(map(float, result.confidence_interval))
+    low, high = result.confidence_interval
+    return float(low), float(high)
 
 # %% ../nbs/04_evaluation.ipynb #35b85c40
 def perplexity_retention(
@@ -349,7 +350,7 @@ LOCAL_TASKS: dict[str, tuple[str, Callable]] = dict(   # task -> its file in the
 
 # %% ../nbs/04b_tasks.ipynb #758f00fd
 _CHOICE = dict(output_type="multiple_choice", test_split="test", metric_list=[dict(metric=m, aggregation="mean", higher_is_better=True) for m in ("acc", "acc_norm")])
-OWN_TASKS = dict(
+OWN_TASKS: dict[str, dict] = dict(
     atlas=_CHOICE | dict(doc_to_text="Question: {{question}}\nAnswer:", doc_to_choice="{{choices}}", doc_to_target=0),
     words=_CHOICE | dict(doc_to_text="Text: {{text}}\nSentiment:", doc_to_choice=["negative", "positive"], doc_to_target="label"))
 
@@ -480,14 +481,14 @@ def _bins(confidence: np.ndarray, correct: np.ndarray, n_bins: int) -> tuple[np.
         raise ValueError(f"the confidence of answer {bad[0]} is {confidence[bad[0]]}: it must lie between 0 and 1")
     if not np.isin(correct, (0, 1)).all(): raise ValueError("an answer is right (1) or wrong (0)")
     if n_bins < 1: raise ValueError(f"n_bins is at least 1, not {n_bins}")
-    return confidence, correct, np.searchsorted(np.linspace(0, 1, n_bins + 1)[1:], confidence)
+    return confidence, correct, np.asarray(np.searchsorted(np.linspace(0, 1, n_bins + 1)[1:], confidence))
 
 def expected_calibration_error(
     confidence: Iterable[float],   # of each answer, 0 to 1
     correct: Iterable[float],      # 1 right, 0 wrong
     n_bins: int = 10,              # of equal width, (low, high]
 ) -> float:                        # 0 (calibrated) to 1
-    "ECE over bins of equal width; ValueError naming an answer whose confidence is no probability."
+    "ECE over bins of equal width (Guo et al., arXiv 1706.04599); ValueError naming an answer whose confidence is no probability."
     confidence, correct, place = _bins(confidence, correct, n_bins)
     return float(np.abs(np.bincount(place, correct - confidence, n_bins)).sum() / len(place))
 

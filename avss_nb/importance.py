@@ -266,7 +266,7 @@ def removal_losses(
 
 # %% ../nbs/06_importance.ipynb #326a2f2e
 def damage(losses: pd.DataFrame) -> pd.Series:
-    """Rise of the mean loss without each layer, nats a token, from `removal_losses`;
+    """Rise of the mean loss per layer that is taken out, nats a token, from `removal_losses`;
     infinite where the loss without it is not finite."""
     layers = [c for c in losses.columns if c not in ("tokens", "whole")]
     rise = (losses[layers].sum(skipna=False) - losses.whole.sum()) / losses.tokens.sum()

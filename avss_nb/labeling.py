@@ -545,7 +545,7 @@ def rule_agreement(
     return pd.DataFrame([[_kappa(told[a], told[b]) for b in rules] for a in rules], index=pd.Index(rules, name="rule"), columns=rules)
 
 def rule_disagreements(answers: Dataset | pd.DataFrame, rules: list[str] = None) -> pd.DataFrame:
-    "The answers on which rules (default: all label columns) do not agree, with what each says."
+    "The answers on which rules (default: all label columns) do not agree, a row an answer, with what each says."
     frame, rules = _labels(answers, rules)
     return frame.loc[frame[rules].nunique(axis=1) > 1, ["id", "question", "answers", "answer", *rules]]
 
@@ -564,7 +564,7 @@ def rule_quality(
     for rule in (r for r in rules if r != truth):
         told = _told(frame, [rule, truth])
         said, true = told[rule] == "wrong", told[truth] == "wrong"
-        row = dict(n=len(told))
+        row: dict[str, float] = dict(n=len(told))
         for name, of in (("precision", said), ("recall", true)):
             ends = binomtest(int((said & true).sum()), int(of.sum())).proportion_ci(level, method="wilson") if of.any() else (np.nan, np.nan)
             row |= {name: (said & true).sum() / of.sum() if of.any() else np.nan, f"{name}_low": ends[0], f"{name}_high": ends[1]}

@@ -32,7 +32,7 @@ def magnitude_bins(a: torch.Tensor) -> torch.Tensor:
     return (a.float().view(torch.int32) >> (23 - MANTISSA_BITS)) & (N_BINS - 1)
 
 def bin_edges() -> np.ndarray:
-    "Lower edges of the bins, then infinity: N_BINS + 1 values; bin b holds edges[b] <= |a| < edges[b+1]."
+    "Lower edges of the bins, then infinity: (N_BINS + 1,); bin b holds edges[b] <= |a| < edges[b+1]."
     finite = np.arange(255 << MANTISSA_BITS, dtype=np.int32) << (23 - MANTISSA_BITS)
     return np.concatenate([finite.view(np.float32), np.full(N_BINS + 1 - len(finite), np.inf)]).astype(np.float64)
 
@@ -58,7 +58,7 @@ class LayerStats:
     @property
     def n_layers(self) -> int: return len(next(iter(self.sums.values())))
     def get(self, point: str, quantity: str) -> np.ndarray:
-        "One quantity of every layer, or a ValueError that says what was collected."
+        "One quantity of every layer, its rows the layers: (layers,) or (layers, …), or a ValueError that says what was collected."
         if f"{point}.{quantity}" not in self.sums:
             raise ValueError(f"{point!r} was not collected with {quantity!r}: there is {', '.join(sorted(self.sums))}")
         return self.sums[f"{point}.{quantity}"].numpy()
@@ -192,7 +192,7 @@ def variance(
     return _series(np.maximum(square - mean**2, 0), "variance")
 
 def normalized_variance(stats: LayerStats, **options) -> pd.Series:
-    "σ̃²: each layer's variance as a share of all layers' (AVSS, eq. for σ̃²(L_i)); options as in `variance`."
+    "σ̃² per layer: its variance as a share of all layers' (AVSS, eq. for σ̃²(L_i)); options as in `variance`."
     return (v := variance(stats, **options)) / v.sum()
 
 # %% ../nbs/03_metrics.ipynb #f90d8b9c
@@ -226,7 +226,7 @@ def avss(stats: LayerStats, point: str = "relative_update", reduce: str = "eleme
     with np.errstate(divide="ignore", invalid="ignore"): return (v / s).where(v > 0, 0.).rename("avss")
 
 def navss(stats: LayerStats, **options) -> pd.Series:
-    "NAVSS: each layer's share of all AVSS; ValueError naming the layers whose S is 0. Options as in `sparsity`."
+    "NAVSS per layer: its share of all AVSS (AVSS, eq. for NAVSS); ValueError naming the layers whose S is 0. Options as in `sparsity`."
     score = avss(stats, **options)
     if np.isinf(score).any():
         raise ValueError(f"AVSS is infinite in layers {score.index[np.isinf(score)].tolist()}, "
@@ -234,5 +234,5 @@ def navss(stats: LayerStats, **options) -> pd.Series:
     return (score / score.sum()).rename("navss")
 
 def cavss(stats: LayerStats, **options) -> pd.Series:
-    "CAVSS: NAVSS cumulated in layer order, ending at 1. Options as in `sparsity`."
+    "CAVSS per layer: NAVSS cumulated in layer order, ending at 1 (AVSS, eq. for CAVSS). Options as in `sparsity`."
     return navss(stats, **options).cumsum().rename("cavss")

@@ -62,7 +62,8 @@ def share(
     n: int = None,        # processes; default: as many as there are
 ):
     "What one process takes: every n-th item, from its own number on. All shares together are all items, none twice; one may be empty. ValueError for a number that is none of theirs."
-    number, n = (number, n) if n else processes()
+    this, all_ = processes()
+    number, n = this if number is None else number, all_ if n is None else n
     if not 0 <= number < n: raise ValueError(f"there is no process {number} of {n}: they are 0 to {n - 1}")
     items = items if hasattr(items, "__getitem__") else list(items)
     return _rows(items, range(number, len(items), n))
@@ -356,7 +357,7 @@ def estimate(
     batch_size: int = 8,                   # texts a batch: offloaded weights are read once a batch
     points: int = 2,                       # reading points
 ) -> pd.Series:
-    """On paper: `parameters`; `gb_16`, `gb_8`, `gb_4` of weights by their bits; `flops` and `hours` of statistics and of leave-one-out on one card
+    """On paper, index: `parameters`; `gb_16`, `gb_8`, `gb_4` of weights by their bits; `flops` and `hours` of statistics and of leave-one-out on one card
     that computes without a pause; `hours` when bfloat16 weights come from disk each time; `mb` of one file of statistics (our arithmetic)."""
     model = _skeleton(model)
     n = _counts(model)

@@ -225,7 +225,7 @@ def sparsify(
     return _sparse_inside(model, _values(model, plan, rule, stats), rule, seed)
 
 # %% ../nbs/12_sparsity.ipynb #4cddda94
-def realised_sparsity(model: nn.Module, batches: Iterable[dict]) -> pd.DataFrame:   # as a plan
+def realised_sparsity(model: nn.Module, batches: Iterable[dict]) -> pd.DataFrame:   # a row a layer, a column a projection, as a plan
     "The share of zeros among what each sparse projection of a model sees of its counted inputs; ValueError where none is sparse."
     maps = {(layer, name): m for layer, block in enumerate(blocks(model)) for name, m in projections(block).items() if isinstance(m, SparseLinear)}
     if not maps: raise ValueError("no projection is sparse: call inside `sparsify`, or with a model of `make_sparse`")
@@ -390,7 +390,7 @@ def _spectrum(weight: torch.Tensor) -> np.ndarray:   # (out, in) -> (min(out, in
     return torch.linalg.eigvalsh(w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w).numpy()
 
 def weight_exponents(model: nn.Module, tail: float = .5) -> pd.DataFrame:   # a row a layer, a column a projection; NaN for one too small to have a tail
-    "The heavy-tail exponent α of each projection's spectrum; nothing is run."
+    "The heavy-tail exponent α of each projection's spectrum (our reading of ActTail, arXiv 2603.12272); nothing is run."
     return _table(model, lambda m: hill_exponent(_spectrum(m.weight), tail) if min(m.weight.shape) * tail >= 2 else np.nan)
 
 # %% ../nbs/12b_allocation.ipynb #580eae27
@@ -399,7 +399,7 @@ def acttail_plan(
     exponents: pd.DataFrame,   # from `weight_exponents`
     sparsity: float,           # mean over the weights, in [0, 1)
     spread: float = .2,        # how far, as a part of `sparsity`, the smallest and the largest exponent lie from it
-) -> pd.DataFrame:             # a plan; its mean over the weights is `sparsity`
+) -> pd.DataFrame:             # a plan (a row a layer, a column a projection); its mean over the weights is `sparsity`
     """Less sparsity where the spectrum's tail is heavier (ActTail, arXiv 2603.12272; the map is our reading: linear in α between sparsity·(1 ± spread), shifted
     until the mean over the weights is the one asked for, within [0, .99]). ValueError for a sparsity that is out of range, or an exponent that is not finite."""
     if not 0 <= sparsity < _MOST: raise ValueError(f"the sparsity is {sparsity}: it lies in [0, {_MOST})")

@@ -132,9 +132,13 @@ class Study:
     tuned: pd.DataFrame        # (set, measure, arm): what contrastive training gains, as `compare_arms`, and in which `blocks`; empty without `tune_steps`
     sparse: pd.DataFrame       # (measure, plan): what is left when inputs are left out, with what the whole model has over it; empty without `sparsity`
     @property
-    def damage(self) -> pd.Series: return damage(self.losses)
+    def damage(self) -> pd.Series:
+        "Rise of the loss per layer that is taken out, nats a token."
+        return damage(self.losses)
     @property
-    def agreement(self) -> pd.DataFrame: return rank_agreement(self.scores.drop(columns="leave_one_out"), self.losses)
+    def agreement(self) -> pd.DataFrame:
+        "As `rank_agreement`, one row a score."
+        return rank_agreement(self.scores.drop(columns="leave_one_out"), self.losses)
 
 # %% ../nbs/30_study.ipynb #31122ba5
 LABELS = dict(whole="nothing removed", avss="AVSS, relative update", avss_healed="AVSS, healed", variance="variance, relative update",
@@ -156,12 +160,12 @@ def _choices(scores: pd.DataFrame, settings: Settings) -> dict[str, list[int]]:
 
 # %% ../nbs/30_study.ipynb #852c565b
 def layer_profile(stats: LayerStats) -> pd.DataFrame:
-    "Variance, sparsity and AVSS (τ = 0.05) of each layer at each reading point: columns such as `avss.output`."
+    "Variance, sparsity and AVSS (τ = 0.05), a row a layer, at each reading point: columns such as `avss.output`."
     return pd.DataFrame({f"{f.__name__}.{p}": f(stats, p) for f in (variance, sparsity, avss) for p in stats.points})
 
 def measure_sensitivity(stats: LayerStats, second: LayerStats, without_first: LayerStats,
                         losses: pd.DataFrame) -> pd.DataFrame:
-    "Agreement with leave-one-out damage of AVSS under other settings: also of `second`, another draw of text, and `without_first`, the first position not counted."
+    "Agreement with leave-one-out damage of AVSS under other settings, one row a setting as in `rank_agreement`: also of `second`, another draw of text, and `without_first`, the first position not counted."
     scores = {f"relative update, τ = {tau}": avss(stats, tau=tau) for tau in (.01, .05, .2)}
     scores |= {"relative update, variance alone": variance(stats),
                "relative update, per sample": avss(stats, reduce="samples"),
@@ -236,7 +240,7 @@ def _losses(files: list[Path]) -> pd.DataFrame:
 
 def healed_items(model, tokenizer, data: dict, layers: list[int], settings: Settings,
                  out: Path) -> tuple[PreTrainedModel, pd.DataFrame]:
-    "What is left without these layers, distilled from the whole model on the training text; and its answers to every item."
+    "What is left without these layers, distilled from the whole model on the training text; and its answers to every item, as `measure_removal` (index `measure`)."
     small = heal(prune_layers(model, layers), data["train"], model, tokenizer, out / "healing", settings.heal_steps,
                  seed=settings.seed, progress=True)
     items = stored_table(out / "items" / "healed.csv", lambda: _measure_items(
@@ -522,7 +526,7 @@ def plot_sparse(study: Study, axes=None) -> plt.Figure | None:
 
 # %% ../nbs/30_study.ipynb #09ab510e
 def removal_table(study: Study) -> pd.DataFrame:
-    "The removal table as text: values with what is retained, raw and corrected for chance, and 95 % intervals."
+    "The removal table as text, one row a method: values with what is retained, raw and corrected for chance, and 95 % intervals."
     span = lambda r, stem, ends: ("–" if not np.isfinite([r[stem], r[ends + "_low"], r[ends + "_high"]]).all() else
                                   f"{r[stem]:.2f}\u00a0[{r[ends + '_low']:.2f},\u00a0{r[ends + '_high']:.2f}]")
     def row(r):

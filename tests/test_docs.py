@@ -71,3 +71,78 @@ def silent_results(node, source: list[str]) -> list[str]:
 def test_what_is_exported_is_described(module, check):
     source = module.read_text(encoding="utf-8").splitlines()
     assert not (found := [f"{module.name}:{node.lineno} {node.name} {what}" for node in exported(module) for what in check(node, source)]), "\n".join(found)
+
+
+# ---- shapes, units, sources
+
+ARRAY = re.compile(r"\b(Tensor|ndarray|DataFrame|Series)\b")
+SIZE = r"(\w+|\d+|\.\.\.)( ?[+−] ?\d+)?"
+SHAPE = re.compile(rf"\b(a|an|one|each) (row|column)\b|\brows? an? |× rules|\bindex\b|\b[Pp]er (first )?(layer|item|question)\b|\bscalars?\b|\bsame shape\b"
+                   rf"|\b[Aa]s `\w+`|\btables? `[\w, ]+` of a `Study`|\((\.\.\.|{SIZE},|{SIZE}(, {SIZE})+)\)")
+
+
+@each_module
+def test_arrays_and_tables_say_their_shape(module):
+    "A tensor or an array its sizes, a table or a series what a row is (`per layer`: index `layer`)."
+    source = module.read_text(encoding="utf-8").splitlines()
+    silent = [f"{module.name}:{n.lineno} {n.name}" for n in exported(module) if isinstance(n, ast.FunctionDef) and n.returns and ARRAY.search(ast.unparse(n.returns)) and not SHAPE.search(said(n, source))]
+    assert not silent, "\n".join(silent)
+
+
+UNITS = dict(loss="nats|cosine", losses="nats", nll="nats", logprob="nats", logprobs="nats", entropy="nats", entropies="nats", damage="nats", perplexity=r"\bexp\b|nats|[Oo]ld", leave_one_out="nats|bytes",
+             seconds="[Ss]econds", milliseconds="milliseconds", timeout="seconds", bytes="[Bb]ytes", memory="[Bb]ytes|GB", gb="of weights", flops="flops", hours="hours",
+             learning_rate="peak", max_length="tokens", max_tokens="tokens|positions", tokens="[Tt]okens?", n_tokens="[Tt]okens|decoded", prompt_tokens="tokens|prompt", max_new_tokens="tokens?|answer")
+
+
+FUNCTIONS = {n.name for m in MODULES for n in exported(m)}
+
+
+def unit(name: str) -> str | None:
+    "What a name asks for: by itself, or by its last word (`summed_loss`)."
+    return UNITS.get(name) or UNITS.get(name.split("_")[-1])
+
+
+@each_module
+def test_numbers_with_a_unit_say_it(module):
+    "Arguments in the comment beside them (or the docstring), names of functions and of what they return anywhere in what is said."
+    source, silent = module.read_text(encoding="utf-8").splitlines(), []
+    for node in exported(module):
+        if not isinstance(node, ast.FunctionDef): continue
+        text, end = said(node, source), source[node.body[0].lineno - 2]
+        names = {node.name} | {a.arg for a in arguments(node) if a.arg not in COMMON} | set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", end.partition("#")[2])))) - FUNCTIONS
+        silent += [f"{module.name}:{node.lineno} {node.name}: {name}" for name in sorted(names) if (u := unit(name)) and not re.search(u, text) and not is_property(node)]
+    assert not silent, "\n".join(silent)
+
+
+# Functions that are a formula or an algorithm somebody published, or our version of one.
+FORMULAS = dict(
+    metrics="variance normalized_variance sparsity avss navss cavss",
+    hooks="relative_update",
+    importance="block_influence angular_distance taylor leave_one_out sleb shapley read_ahead",
+    evaluation="expected_calibration_error multiple_choice calibration retention",
+    eavss="eavss hsav hss hallucination_profile",
+    detection="prediction_rejection_ratio semantic_entropy eigenscore probe_detector eavss_ranking mahalanobis_detector",
+    contrastive="info_nce triplet_loss prototype_loss likelihood_contrast contrastive_tune contrastive_cosines",
+    decoding="contrast exit_logits layer_contrast layer_contrast_generate contrast_candidates majority_vote abstain jensen_shannon",
+    labeling="normalize_answer token_f1 rouge_l nli_judge similarity_judge rule_agreement",
+    pruning="select_layers healing_loss heal",
+    sparsity="calibrate_thresholds top_k greedy_plan hill_exponent weight_exponents acttail_plan",
+    scale="memory_plan estimate")
+SOURCE = re.compile(r"arXiv \d{4}\.\d{5}|[Oo]ur (reading|arithmetic|null|addition|own)|is ours|are ours|\beq\. |[Aa]lgorithm \d|\bet al\. \d{4}|, \d{4}\)|\((AVSS|DoLa|SLEB|Shortened LLaMA|ShortGPT)\b|\bSQuAD\b|TruthfulQA's|DoLa's|`rouge_score`|scikit-learn|SAPLMA")
+
+
+@each_module
+def test_formulas_name_their_source(module):
+    "The paper and its equation, or that it is our reading."
+    source, nodes = module.read_text(encoding="utf-8").splitlines(), {n.name: n for n in exported(module)}
+    names = FORMULAS.get(module.stem, "").split()
+    assert set(names) <= nodes.keys()
+    silent = [f"{module.name}:{nodes[name].lineno} {name}" for name in names if not SOURCE.search(said(nodes[name], source))]
+    assert not silent, "\n".join(silent)
+
+
+def test_every_score_has_a_source():
+    "What a table of scores offers by name is among the formulas, or needs none."
+    from avss_nb.importance import BY_RUNNING
+    plain = {"magnitude", "position", "random"}
+    assert set(BY_RUNNING) - plain <= set(FORMULAS["importance"].split())
