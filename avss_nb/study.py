@@ -587,9 +587,9 @@ def run_study(
     trust_remote_code: bool = False,
     **settings,                    # further `Settings`
 ) -> Study:
-    "Say what memory it takes, measure a model's layers and write the report; resumes in the same folder. Errors as in `measure`."
+    "Say on stderr what memory it takes, measure a model's layers and write the report; resumes in the same folder. Errors as in `measure`."
     settings, out = Settings(model=str(model), data=str(data) if data else None, **settings), Path(out)
-    print(memory_in_words(settings, trust_remote_code), flush=True)
+    print(memory_in_words(settings, trust_remote_code), file=sys.stderr, flush=True)
     study = measure(settings, out, trust_remote_code)
     for old in (*out.glob("figure-*.*"), *out.glob("report.*")): old.unlink()
     write_report(settings, out)
