@@ -25,22 +25,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .data import batch_rows
+from .eavss import _answer_mask, _names
 from .hooks import read_activations, run_blocks
 from .labeling import normalize_answer
 
 # %% ../nbs/09_detection.ipynb #31e5bfdb
-_LABELS = ("right", "wrong", "empty", "refused")
-
 def _judged(
     labels: Iterable,   # of each answer: right, wrong, empty, refused, or a boolean (True = hallucinated)
 ) -> tuple[np.ndarray, np.ndarray]:   # (answers,) bool: hallucinated; (answers,) bool: right or wrong, neither empty nor refused
     "Read labels; ValueError naming the first answer whose label is none."
-    labels = list(labels)
-    for row, label in enumerate(labels):
-        if not isinstance(label, bool | np.bool_) and not (isinstance(label, str) and label in _LABELS):
-            raise ValueError(f"the label of answer {row} is {label!r}: give {', '.join(_LABELS)}, or True (hallucinated) and False")
-    wrong = [label == "wrong" if isinstance(label, str) else bool(label) for label in labels]
-    return np.array(wrong, bool), np.array([label not in ("empty", "refused") for label in labels], bool)
+    names = np.array(_names(labels), str)
+    return names == "wrong", np.isin(names, ["right", "wrong"])
 
 # %% ../nbs/09_detection.ipynb #f23f5be1
 def _by_score(scores: np.ndarray, quality: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -234,8 +229,7 @@ def answer_states(
         state = dict(last=lambda: a[torch.arange(len(a)), last].float(), mean=lambda: (a.float() * weight[..., None]).sum(1))
         for kind in kinds: found.setdefault((kind, layer), {}).update(zip(batch["index"].tolist(), state[kind]().cpu().numpy()))
     for batch in batch_rows(rows, tokenizer, batch_size):
-        seen, n = batch["attention_mask"], lengths[batch["index"]][:, None]
-        mask = (seen == 1) & (seen.flip(1).cumsum(1).flip(1) <= n)          # the n last tokens that are no padding
+        mask = _answer_mask(batch, lengths)
         with read_activations(model, [point], keep): run_blocks(model, batch)
     states = {kind: _stack({layer: some for (k, layer), some in found.items() if k == kind}, len(table)) for kind in kinds}
     return states[at] if isinstance(at, str) else states

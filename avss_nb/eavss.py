@@ -196,12 +196,16 @@ def _answer_rows(model: nn.Module, answers) -> tuple[list[str], list[tuple[int, 
         raise ValueError(f"answer {long[0]} ({ids[long[0]]!r}) has {len(rows[long[0]][1])} tokens with its prompt, and the model takes {limit}: shorten the prompt")
     return ids, rows, list(map(len, said))
 
-def _answer_positions(batch: dict, lengths: torch.Tensor, tokens: str) -> tuple[torch.Tensor, torch.Tensor]:
-    "Flat positions (N,) of a batch's counted tokens, and the row of each."
+def _answer_mask(batch: dict, lengths: torch.Tensor, tokens: str = "answer") -> torch.Tensor:
+    "(B, T): the tokens of each answer, or its first one."
     mask = batch["attention_mask"]
     left = mask.sum(1, keepdim=True) - mask.cumsum(1)              # real tokens after this one in its row
     n = lengths[batch["index"]][:, None]
-    counted = mask.bool() & (left < n if tokens == "answer" else left == n - 1)
+    return mask.bool() & (left < n if tokens == "answer" else left == n - 1)
+
+def _answer_positions(batch: dict, lengths: torch.Tensor, tokens: str) -> tuple[torch.Tensor, torch.Tensor]:
+    "Flat positions (N,) of a batch's counted tokens, and the row of each."
+    counted = _answer_mask(batch, lengths, tokens)
     return counted.flatten().nonzero()[:, 0], counted.nonzero()[:, 0]
 
 # %% ../nbs/08_eavss.ipynb #02bfe260
@@ -253,16 +257,22 @@ def _keep(kept: dict, found: dict, index: torch.Tensor, ids: list[str]):
 # %% ../nbs/08_eavss.ipynb #9ccd4303
 _LABELS = dict(right=0., wrong=1., empty=np.nan, refused=np.nan)
 
+_KINDS = f"give {', '.join(_LABELS)} for each answer, as in label_answers(answers, 'alias')['alias'], or booleans (True = hallucinated)"
+
+def _names(labels: Iterable) -> list[str]:
+    "Labels of `_LABELS`, or booleans (True = hallucinated), as names; ValueError naming the first answer whose label is none."
+    labels = list(labels)
+    for i, label in enumerate(labels):
+        if not (isinstance(label, bool | np.bool_) or isinstance(label, str) and label in _LABELS): raise ValueError(f"the label of answer {i} is {label!r}: {_KINDS}")
+    return [label if isinstance(label, str) else "wrong" if label else "right" for label in labels]
+
 def _hallucinated(labels, n: int) -> tuple[np.ndarray, dict[str, int]]:
     "1 for wrong, 0 for right, NaN for what is left out; and how many of each. ValueError says what is amiss."
-    kinds = f"give {', '.join(_LABELS)} for each answer, as in label_answers(answers, 'alias')['alias'], or booleans (True = hallucinated)"
     if labels is None or isinstance(labels, (str, dict)) or hasattr(labels, "columns") or hasattr(labels, "column_names"):
-        raise ValueError(f"these are no labels: {kinds}")
+        raise ValueError(f"these are no labels: {_KINDS}")
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    if len(labels) != n: raise ValueError(f"{len(labels)} labels for {n} answers: {kinds}")
-    for i, label in enumerate(labels):
-        if not (isinstance(label, (bool, np.bool_)) or isinstance(label, str) and label in _LABELS): raise ValueError(f"label {i} is {label!r}: {kinds}")
-    names = [label if isinstance(label, str) else "wrong" if label else "right" for label in labels]
+    if len(labels) != n: raise ValueError(f"{len(labels)} labels for {n} answers: {_KINDS}")
+    names = _names(labels)
     counts = {name: names.count(name) for name in _LABELS}
     if not (counts["right"] and counts["wrong"]): raise ValueError(f"right and wrong answers are compared, and there are {', '.join(f'{c} {k}' for k, c in counts.items())}")
     return np.array([_LABELS[name] for name in names]), counts

@@ -270,14 +270,14 @@ def prune_layers(
     return small
 
 # %% ../nbs/05_pruning.ipynb #1722583c
-def _measure_items(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], questions: Dataset,
-                   sentences: Dataset, layers: Iterable[int | str], max_length: int) -> pd.DataFrame:
-    "Per text, question and sentence: `measure, item, value, tokens` without these layers."
+def _measure_items(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: list[str], questions: Dataset | None,
+                   sentences: Dataset | None, layers: Iterable[int | str], max_length: int) -> pd.DataFrame:
+    "Per text, question and sentence, if there are any: `measure, item, value, tokens` without these layers."
     with skip_layers(model, layers):
         text = text_losses(model, batches(texts, tokenizer, max_length, batch_size=4, overflow="truncate"))
-        parts = dict(perplexity=text.reset_index(drop=True).rename(columns=dict(nll="value")),
-                     questions=answer_questions(model, tokenizer, questions).rename(columns=dict(correct="value")),
-                     sentiment=classify(model, tokenizer, sentences).rename(columns=dict(correct="value")))
+        parts = dict(perplexity=text.reset_index(drop=True).rename(columns=dict(nll="value")))
+        for name, ask, data in (("questions", answer_questions, questions), ("sentiment", classify, sentences)):
+            if data is not None: parts[name] = ask(model, tokenizer, data).rename(columns=dict(correct="value"))
     rows = pd.concat({m: part.rename_axis("item").reset_index() for m, part in parts.items()}, names=["measure", None])
     return rows.reset_index("measure").set_index("measure")[["item", "value", "tokens"]]
 

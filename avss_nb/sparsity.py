@@ -293,10 +293,9 @@ from collections.abc import Callable
 
 from datasets import Dataset
 
-from .data import _file_in, batches as make_batches, stored_table
-from .evaluation import answer_questions, text_losses
+from .data import _file_in, stored_table
 from .hooks import _hidden, input_device
-from .pruning import skip_layers
+from .pruning import _measure_items, skip_layers
 
 # %% ../nbs/12b_allocation.ipynb #dbb72d23
 def _calls(model: nn.Module, batches: Iterable[dict]) -> list[list[tuple]]:
@@ -429,19 +428,10 @@ def sparse_arms(
 
 # %% ../nbs/12b_allocation.ipynb #3eee4ec0
 def _arm(model: nn.Module, arm: dict | None) -> tuple:
-    "The two contexts of an arm: sparse, and without some layers."
+    "The context in which an arm is sparse, and the layers that it skips."
     arm = dict(arm or {})
-    skip = arm.pop("skip", ())
-    return sparsify(model, **arm) if arm else nullcontext(), skip_layers(model, skip)
-
-def _plan_items(model: nn.Module, tokenizer: PreTrainedTokenizerBase, arm: dict | None, texts: list[str], questions: Dataset | None, max_length: int) -> pd.DataFrame:
-    "Per text and question: `measure, item, value, tokens` in this arm."
-    sparse, shorter = _arm(model, arm)
-    with sparse, shorter:
-        parts = dict(perplexity=text_losses(model, make_batches(texts, tokenizer, max_length, batch_size=4, overflow="truncate")).reset_index(drop=True).rename(columns=dict(nll="value")))
-        if questions is not None: parts["questions"] = answer_questions(model, tokenizer, questions).rename(columns=dict(correct="value")).assign(tokens=1)
-    rows = pd.concat({m: part.rename_axis("item").reset_index() for m, part in parts.items()}, names=["measure", None])
-    return rows.reset_index("measure").set_index("measure")[["item", "value", "tokens"]]
+    skip_layers(model, skip := list(arm.pop("skip", ())))     # its errors
+    return sparsify(model, **arm) if arm else nullcontext(), skip
 
 def measure_plans(
     model: nn.Module,
@@ -457,6 +447,8 @@ def measure_plans(
     for arm in arms.values(): _arm(model, arm)   # what is wrong is said before anything runs
     found = {}
     for name, arm in tqdm(arms.items(), desc="measuring plans", disable=not progress):
-        make = lambda: _plan_items(model, tokenizer, arm, texts, questions, max_length)
+        def make() -> pd.DataFrame:
+            sparse, skip = _arm(model, arm)
+            with sparse: return _measure_items(model, tokenizer, texts, questions, None, skip, max_length)
         found[name] = stored_table(_file_in(out, f"{name}.csv"), make, "measure") if out else make()
     return pd.concat(found, names=["choice"])

@@ -274,7 +274,7 @@ def sparse_plans(model, tokenizer, data: dict, settings: Settings, out: Path) ->
     arms = {"whole": None} | {name: make() for name, make in zip(("uniform", "TEAL greedy", "ActTail", "by lot"), made.values())}
     items = measure_plans(model, tokenizer, arms, data["held_out"], data["questions"], out / "sparse", settings.max_length, progress=True)
     cost = paired_difference(items, "whole", [name for name in arms if name != "whole"], seed=settings.seed).rename_axis(SPARSE)
-    value = items.groupby(["measure", "choice"])[["value", "tokens"]].sum().pipe(lambda t: t.value / t.tokens).rename_axis(SPARSE)
+    value = items.fillna(dict(tokens=1)).groupby(["measure", "choice"])[["value", "tokens"]].sum().pipe(lambda t: t.value / t.tokens).rename_axis(SPARSE)
     value.update(np.exp(value.loc[["perplexity"]]))
     return value.rename("value").to_frame().join(cost)
 

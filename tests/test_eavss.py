@@ -456,8 +456,8 @@ def test_activations_that_are_not_finite(value):
     with pytest.raises(FloatingPointError, match="layer 3 are NaN or infinite at 'output'"): answer_stats(model, pads(), answers_of())
 
 
-@pytest.mark.parametrize("labels, named", [(None, "no labels"), ("alias", "no labels"), (answers_of(), "no labels"), (["right"] * 79, "79 labels for 80"), (["right"] * 79 + ["maybe"], "label 79 is 'maybe'"),
-                                           ([None] * 80, "label 0 is None"), ([0, 1] * 40, "label 0 is 0"), (["right"] * 80, "80 right, 0 wrong"), ([True] * 80, "0 right, 80 wrong"),
+@pytest.mark.parametrize("labels, named", [(None, "no labels"), ("alias", "no labels"), (answers_of(), "no labels"), (["right"] * 79, "79 labels for 80"), (["right"] * 79 + ["maybe"], "label of answer 79 is 'maybe'"),
+                                           ([None] * 80, "label of answer 0 is None"), ([0, 1] * 40, "label of answer 0 is 0"), (["right"] * 80, "80 right, 0 wrong"), ([True] * 80, "0 right, 80 wrong"),
                                            (["wrong"] * 70 + ["empty"] * 10, "0 right, 70 wrong, 10 empty"), (["empty"] * 80, "80 empty")], ids=lambda x: str(x)[:40])
 @pytest.mark.parametrize("measure", [eavss, hallucination_profile])
 def test_wrong_labels(measure, labels, named):

@@ -287,7 +287,7 @@ def test_names_of_arms(place, name):
     with watched(folder, "names"):
         clear(lambda: run_arms(LLAMA, Letters(), QUESTIONS, {name: None}, items, out=folder))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("avss_nb.sparsity._plan_items", items)
+            patch.setattr("avss_nb.sparsity._measure_items", items)
             clear(lambda: measure_plans(LLAMA, Letters(), {name: None}, [], out=folder))
 
 

@@ -366,7 +366,7 @@ def test_plans_are_measured_as_removals_are(tmp_path, monkeypatch):
     arms = {"whole": None, "half": dict(plan=.5, rule="top_k"), "both": dict(plan=.25, rule="top_k", skip=[2]), "short": dict(skip=[2])}
     items = measure_plans(model, tokenizer, arms, texts, questions, out=tmp_path)
     pd.testing.assert_frame_equal(items, measure_plans(model, tokenizer, arms, texts, questions), check_dtype=False)
-    monkeypatch.setattr(sparsity, "text_losses", None)
+    monkeypatch.setattr(sparsity, "_measure_items", None)
     pd.testing.assert_frame_equal(items, measure_plans(model, tokenizer, arms, texts, questions, out=tmp_path), check_exact=True)   # what is stored is not measured again
     with pytest.raises(ValueError, match="no layer 9"): measure_plans(model, tokenizer, arms | dict(more=dict(skip=[9])), texts)
     removed = measure_removal(model, tokenizer, dict(short=[2]), texts, questions, load_sentences("words", n=2)).loc["short"].loc[["perplexity", "questions"]]
