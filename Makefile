@@ -4,7 +4,12 @@ BIN := .venv/bin
 READY := .venv/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help study test lab docs bench studies run export readme clean
+
+# glibc keeps what is freed for the next tensor: fresh pages for the logits of every pass take a tenth of its time.
+study test run studies profile: export MALLOC_MMAP_THRESHOLD_ := 4294967296
+study test run studies profile: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+
+.PHONY: help study test lab docs bench profile studies run export readme clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -30,6 +35,9 @@ docs: $(READY)  ## build the site into _docs, and README.md
 
 bench: $(READY)  ## measure side by side with other libraries
 	$(BIN)/python bench/run.py
+
+profile: $(READY)  ## time every section of every chapter, and the functions of a study
+	$(BIN)/python bench/chapters.py
 
 studies: $(READY)  ## run the papers' experiments at full size (AVSS_NB_DATA: the folder of the benchmark sets)
 	AVSS_NB_FULL=1 $(BIN)/python nbs/_run.py $(wildcard nbs/2*.ipynb)

@@ -1,13 +1,19 @@
-"""The page of `make bench`, on made-up numbers."""
+"""The pages of `make bench` and `make profile`, on made-up numbers."""
 import importlib.util
 
 import pytest
 
 from conftest import ROOT
 
-spec = importlib.util.spec_from_file_location("bench_table", ROOT/"bench"/"table.py")
-table = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(table)
+
+def part_of_bench(name: str):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT/"bench"/f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+table, chapters = part_of_bench("table"), part_of_bench("chapters")
 
 
 @pytest.fixture
@@ -55,3 +61,20 @@ def test_every_figure_stands_beside_its_bar(results):
 def test_a_part_that_was_not_measured_yet_has_no_row(results):
     del results["sparsity"]
     assert "activation sparsity" not in table.page(results) and "Likelihoods of the options" in table.page(results)
+
+
+def test_where_the_time_goes():
+    "Sections follow each other and add up; functions hold each other, so the longest is the whole."
+    found = {"06_importance": {"Two draws": 70., "Removal": 20.4, "Toys": .2}, "00_models": {"top": 8.}, chapters.STUDY: {"study.run_study": 500., "study.measure": 400.}}
+    lines = chapters.page(found, dict(cpu="a CPU", cores=2, threads=2, python="3.11", versions=dict(torch="2", transformers="5"))).splitlines()
+    assert lines[2] == "Written by `make profile`. a CPU, 2 cores, torch 2, transformers 5, Python 3.11."
+    rows = [line for line in lines if line.startswith("| ")]
+    assert rows[1:5] == ["| --- | ---: | --- |", "| 00_models | 8 | top (8) |", "| 06_importance | 91 | Two draws (70); Removal (20) |", "| all | 99 | |"]
+    assert "500 seconds under the profiler, alone, with all cores." in lines and rows[-1] == "| `study.measure` | 400 |"
+
+
+def test_a_chapter_is_timed_by_its_sections(capsys):
+    found = chapters.apart("40_glossary", 1)
+    assert found and min(found.values()) >= 0 and list(found.values()) == sorted(found.values(), reverse=True)
+    assert capsys.readouterr().out.startswith("40_glossary: ")
+    with pytest.raises(SystemExit, match="99_none does not run"): chapters.apart("99_none", 1)
