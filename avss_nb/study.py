@@ -448,7 +448,7 @@ def plot_profile(study: Study, axes=None) -> plt.Figure:
         removed = _layers(study.removal.loc[method, "removes"])
         axes[2].plot(removed, [row] * len(removed), marker, ls="", color=f"C{row}")
     axes[2].set(yticks=range(4), yticklabels=[LABELS[m] for m in MARKERS], ylim=(3.6, -.6),
-                xlabel="layer", title="layers that each score removes")
+                xlabel="layer", title="Layers that each score removes")
     return axes[0].figure
 
 # %% ../nbs/30_study.ipynb #c395da3d
