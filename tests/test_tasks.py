@@ -13,7 +13,7 @@ from avss_nb.models import load_model
 
 DATA = os.environ.get("AVSS_NB_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="AVSS_NB_DATA names no folder of benchmark files")
-N = 3
+N = 2
 
 
 @pytest.fixture(scope="module")
