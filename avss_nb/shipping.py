@@ -122,7 +122,7 @@ def prune_to_folder(
         small, again = healed_items(whole, tokenizer, data, layers, settings, work)
         items = pd.concat([items, pd.concat(dict(healed=again), names=["choice"])])
     left = retention_table(items, chance_level(data["questions"]), seed=settings.seed)
-    _save(small, tokenizer, folder, next(iter(calibration)))
+    _save(small, tokenizer, folder, next(iter(batches(data["calibration"][:1], tokenizer, settings.max_length, overflow="truncate"))))
     table.to_csv(folder / "layer_scores.csv")
     left.to_csv(folder / "retention.csv")
     (folder / "README.md").write_text(_card(recipe, layers, n_layers, (whole.num_parameters(), small.num_parameters()), left, data["names"]), encoding="utf-8")
