@@ -60,7 +60,7 @@ def check_page(browser, url: str) -> list[str]:
     return problems
 
 
-LONGEST = ("06_importance", "05_pruning", "06b_certainty", "20_study_layers")
+LONGEST = ("06_importance", "11_decoding", "06b_certainty", "20_study_layers")
 
 
 def pytest_collection_modifyitems(items):
