@@ -8,7 +8,7 @@ __all__ = ['contrast', 'jensen_shannon', 'exit_logits', 'layer_contrast', 'layer
 
 # %% ../nbs/11_decoding.ipynb #8db53745
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +96,14 @@ class _Contrast:
         self.states, self.checked = {}, False
     def keep(self, layer: int, point: str, state: torch.Tensor):
         if layer in self.layers or layer == self.last: self.states[layer] = state
-    def exit(self, model, layer: int, kept) -> torch.Tensor: return exit_logits(model, self.states[layer][:, kept]).float().log_softmax(-1)
+    def exits(self, model, layers: Iterable[int], kept) -> Iterator[torch.Tensor]:
+        "Log-probabilities (B, K, V) after each layer; as many layers at once as are `_AT_ONCE` positions, since a head multiplies many rows faster."
+        states = [self.states[l][:, kept] for l in layers]
+        n = max(1, _AT_ONCE // max(1, states[0].shape[:2].numel()))
+        for part in (states[i:i + n] for i in range(0, len(states), n)): yield from exit_logits(model, torch.cat(part)).float().log_softmax(-1).chunk(len(part))
     def check(self, model, final: torch.Tensor, kept):
         "Once: what is read out after the last block is what the model says."
-        if not self.checked and not torch.allclose(self.exit(model, self.last, kept), final, rtol=.01, atol=.05):
+        if not self.checked and not torch.allclose(*self.exits(model, [self.last], kept), final, rtol=.01, atol=.05):
             raise ValueError(f"{type(model).__name__} cannot be read out of an earlier block: its logits are not what norm and head make of the last one")
         self.checked = True
     def __call__(self, model, args, kwargs, out):
@@ -107,7 +111,7 @@ class _Contrast:
         kept = slice(-kept, None) if isinstance(kept, int) else kept
         final = out.logits.float().log_softmax(-1)
         self.check(model, final, kept)
-        scores = contrast(final, _furthest(final, (self.exit(model, l, kept) for l in self.layers)), self.alpha, self.outside)
+        scores = contrast(final, _furthest(final, self.exits(model, self.layers, kept)), self.alpha, self.outside)
         if self.penalty != 1: scores = self.penalize(scores, args, kwargs, out, kept)
         self.states.clear()
         out.logits = scores
@@ -119,7 +123,7 @@ def _penalize(self: _Contrast, scores, args, kwargs, out, kept):
     for name in [name for name in _CACHES if name in out.keys()]: out[name] = None
     return _penalized(scores, ids, kwargs.get("attention_mask"), torch.arange(ids.shape[1])[kept], self.penalty)
 
-_Contrast.penalize, _CACHES = _penalize, ("past_key_values", "cache", "cache_params")
+_Contrast.penalize, _CACHES, _AT_ONCE = _penalize, ("past_key_values", "cache", "cache_params"), 256
 
 # %% ../nbs/11_decoding.ipynb #c70c4b7a
 @contextmanager

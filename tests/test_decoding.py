@@ -130,6 +130,14 @@ def test_reads_out_every_family(family):
     assert all(type(b).__name__ != "PassThrough" for b in blocks(model))
 
 
+def test_layers_are_read_out_together_or_one_by_one(monkeypatch):
+    model, batch = model_of("llama"), batch_of(7, 5)
+    with layer_contrast(model, [0, 1, 3]), torch.no_grad(): together = model(**model_inputs(model, batch)).logits
+    for at_once in (1, 30):
+        monkeypatch.setattr("avss_nb.decoding._AT_ONCE", at_once)
+        with layer_contrast(model, [0, 1, 3]), torch.no_grad(): assert torch.allclose(model(**model_inputs(model, batch)).logits, together, atol=1e-4)
+
+
 def test_hooks_are_gone_after_an_exception():
     model, batch = model_of("llama"), batch_of(5)
     before = model(batch["input_ids"]).logits
