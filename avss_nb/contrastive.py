@@ -427,7 +427,7 @@ def contrastive_cosines(
     rows = [dict(question=i, prompt=list(p), answer=list(a)) for i, (p, a) in enumerate(zip(answers["prompt_tokens"], answers["answer_tokens"]))]
     if empty := [r["question"] for r in rows if not r["answer"]]: raise ValueError(f"answer {empty[0]} has no token ({len(empty)} of {len(rows)}): leave those out first")
     order, found, pile = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"])), np.empty((len(rows), len(layers))), blocks(_unwrapped(model))
-    unread = {i: PassThrough(pile[i]) for i in range(max(layers, default=-1) + 1, len(pile))}
+    unread = {i: PassThrough(pile[i]) for i in range(max(map(int, layers), default=-1) + 1, len(pile))}
     for first in range(0, len(rows), batch_size):
         part = order[first:first + batch_size]
         batch = _aligned([rows[i] for i in part], tokenizer.pad_token_id)
