@@ -28,7 +28,7 @@ from .data import QUESTION, batch_rows, claim_folder, distractor_kinds
 from .evaluation import is_causal
 from .hooks import _hidden, _input, model_inputs, read_activations
 from .models import _identity, blocks
-from .pruning import PassThrough, _adapted, _arguments, _in_place_of, _last_checkpoint, _own_dice, check_layers
+from .pruning import PassThrough, _adapted, _arguments, _in_place_of, _last_checkpoint, _own_dice, check_layers, skip_layers
 
 # %% ../nbs/10_contrastive.ipynb #68b01944
 def _similarities(anchor: torch.Tensor, positive: torch.Tensor, negatives: torch.Tensor = None, keep: torch.Tensor = None,
@@ -426,12 +426,12 @@ def contrastive_cosines(
     layers = check_layers(range(len(blocks(model))) if layers is None else layers, len(blocks(model)), every=True)
     rows = [dict(question=i, prompt=list(p), answer=list(a)) for i, (p, a) in enumerate(zip(answers["prompt_tokens"], answers["answer_tokens"]))]
     if empty := [r["question"] for r in rows if not r["answer"]]: raise ValueError(f"answer {empty[0]} has no token ({len(empty)} of {len(rows)}): leave those out first")
-    order, found, pile = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"])), np.empty((len(rows), len(layers))), blocks(_unwrapped(model))
-    unread = {i: PassThrough(pile[i]) for i in range(max(map(int, layers), default=-1) + 1, len(pile))}
+    order, found = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"])), np.empty((len(rows), len(layers)))
+    unread = range(max(map(int, layers), default=-1) + 1, len(blocks(model)))
     for first in range(0, len(rows), batch_size):
         part = order[first:first + batch_size]
         batch = _aligned([rows[i] for i in part], tokenizer.pad_token_id)
-        with torch.no_grad(), _in_place_of(_unwrapped(model), unread), _reading(model, layers, point) as states: model(**model_inputs(model, batch), **_few_logits(model, 1))
+        with torch.no_grad(), skip_layers(_unwrapped(model), unread, every=True), _reading(model, layers, point) as states: model(**model_inputs(model, batch), **_few_logits(model, 1))
         found[part] = np.stack([F.cosine_similarity(*(s.float() for s in _pooled(states[layer], batch, pooling)), dim=-1).cpu() for layer in layers], 1)
     return pd.DataFrame(found, columns=pd.Index(layers, name="layer"))
 
