@@ -263,12 +263,10 @@ class FrozenPrefix:
         self.states = {f: torch.from_file(f"{self.folder.name}/{f}", shared=True, size=self.start[-1] * width, dtype=p.dtype).view(-1, width) for f in firsts}
         if firsts: self._run(model, batch_rows([(i, r["prompt"] + r["answer"]) for i, r in enumerate(rows)], tokenizer, batch_size, "right"), progress)
     def _run(self, model, batches, progress):
-        pile = blocks(model)
-        above = {i: PassThrough(pile[i]) for i in range(max(self.states), len(pile))}
         def keep(layer: int, point: str, x: torch.Tensor):
             if layer not in self.states: return
             for i, row, m in zip(batch["index"].tolist(), x.cpu(), batch["attention_mask"]): self.states[layer][self.start[i]:self.start[i + 1]] = row[:m.sum()]
-        with _in_place_of(model, above), torch.no_grad(), read_activations(model, "input", keep):
+        with skip_layers(model, range(max(self.states), len(blocks(model))), every=True), torch.no_grad(), read_activations(model, "input", keep):
             for batch in tqdm(batches, desc="frozen blocks", disable=not progress): model(**model_inputs(model, batch), **_few_logits(model, 1))
     def __call__(self, first: int, row: int) -> torch.Tensor: return self.states[first][self.start[row]:self.start[row + 1]]
 
