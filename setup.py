@@ -1,4 +1,5 @@
 """Tell pip what settings.ini says about the package."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -6,9 +7,9 @@ from setuptools import find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser()
-config.read(here/"settings.ini", encoding="utf-8")
+config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-readme = here/"README.md"
+readme = here / "README.md"
 
 setup(
     name=cfg["lib_name"],

@@ -7,6 +7,7 @@ Each notebook runs in a process of its own, in the folder `nbs`, and skips the c
 twice writes the same bytes. A notebook is written only when it ran through and its outputs are fit to keep: no warning,
 no traceback, no path of this machine.
 """
+
 import multiprocessing
 import os
 import re
@@ -34,9 +35,12 @@ def chapters() -> list[Path]:
 
 def is_skipped(cell) -> bool:
     "Whether `nbdev_test` would leave this cell alone."
-    if cell.cell_type != "code" or "nbdev_export(" in cell.source: return True
+    if cell.cell_type != "code" or "nbdev_export(" in cell.source:
+        return True
     directives = cell.directives_ or {}
-    return directives.get("eval:", [""])[:1] == ["false"] or bool(set(get_config().tst_flags.split()) & directives.keys())
+    return directives.get("eval:", [""])[:1] == ["false"] or bool(
+        set(get_config().tst_flags.split()) & directives.keys()
+    )
 
 
 def skips_all(path: Path) -> bool:
@@ -54,8 +58,13 @@ def output_text(output: dict) -> str:
 def machine_path() -> re.Pattern:
     "A pattern for paths that tell where a notebook ran and have no place in a stored output."
     folders = {Path.home(), NBS.parent, Path(sys.prefix), Path(tempfile.gettempdir())}
-    names = {"/home", "/root", "/Users", "/tmp", *map(str, folders), *(str(f.resolve()) for f in folders)} - {"/", "/usr"}
-    return re.compile(rf"(?<![\w.:/])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?:/[\w./-]*|(?![\w/-]))")
+    names = {"/home", "/root", "/Users", "/tmp", *map(str, folders), *(str(f.resolve()) for f in folders)} - {
+        "/",
+        "/usr",
+    }
+    return re.compile(
+        rf"(?<![\w.:/])(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})(?:/[\w./-]*|(?![\w/-]))"
+    )
 
 
 def output_problems(cell) -> list[str]:
@@ -64,7 +73,8 @@ def output_problems(cell) -> list[str]:
     for output in cell.get("outputs", []):
         text = output_text(output)
         words = ["Traceback", "Warning" if output.get("name") == "stderr" else "Warning: "]
-        if output["output_type"] == "error": problems.append(f"raises {output['ename']}: {output['evalue']}")
+        if output["output_type"] == "error":
+            problems.append(f"raises {output['ename']}: {output['evalue']}")
         problems += [f"shows: {line.strip()}" for line in text.splitlines() if any(w in line for w in words)]
         problems += [f"shows the path {path}" for path in machine_path().findall(text)]
     return problems
@@ -72,23 +82,32 @@ def output_problems(cell) -> list[str]:
 
 def run_notebook(path: Path) -> tuple[str, list[str]]:
     "Run one notebook in this process; give its new text and what is wrong with its outputs."
-    os.environ["IN_TEST"] = "1"   # as nbdev_test: calls that would export or index do nothing
+    os.environ["IN_TEST"] = "1"  # as nbdev_test: calls that would export or index do nothing
     config = get_config()
     nb = NBProcessor(path, rm_directives=False).nb
     for cell in nb.cells:
-        if cell.cell_type == "code": cell.outputs = []
+        if cell.cell_type == "code":
+            cell.outputs = []
     shell = CaptureShell(path, mpl_format="png")
     sys.path.insert(0, str(config.config_path))
     try:
-        if not skips_all(path): shell.run_all(nb, exc_stop=True, preproc=is_skipped)
+        if not skips_all(path):
+            shell.run_all(nb, exc_stop=True, preproc=is_skipped)
     except Exception:
         return "", [shell.prettytb(fname=path.name)]
     problems = []
     for number, cell in enumerate(nb.cells, 1):
-        if cell.cell_type != "code": continue
+        if cell.cell_type != "code":
+            continue
         problems += [f"cell {number} ({cell.id}) {p}" for p in output_problems(cell)]
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-    clean_nb(nb, config.clear_all, config.allowed_metadata_keys.split(), config.allowed_cell_metadata_keys.split(), config.clean_ids)
+    clean_nb(
+        nb,
+        config.clear_all,
+        config.allowed_metadata_keys.split(),
+        config.allowed_cell_metadata_keys.split(),
+        config.clean_ids,
+    )
     return nb2str(nb), problems
 
 
@@ -111,15 +130,18 @@ def main(names: list[str]) -> int:
     "Run the named notebooks, or all; give 1 where one of them failed."
     paths = [Path(n).resolve() for n in names] or chapters()
     os.chdir(NBS)
-    os.environ["COLUMNS"] = "100"   # tables are as wide on every terminal
+    os.environ["COLUMNS"] = "100"  # tables are as wide on every terminal
     failed = []
     for path in paths:
         process = multiprocessing.get_context("spawn").Process(target=store, args=(path,))
         process.start()
         process.join()
-        if process.exitcode: failed.append(path.name)
-    if failed: print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        if process.exitcode:
+            failed.append(path.name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
 
 
-if __name__ == "__main__": sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

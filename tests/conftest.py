@@ -1,4 +1,5 @@
 """What several test files use: the project's folders, a browser that looks at pages, and the order in which several processes take the tests."""
+
 import json
 import os
 import re
@@ -7,8 +8,10 @@ import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")   # no test asks the hub; read when transformers is imported
-if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:     # threads of more processes than cores wait for each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub; read when transformers is imported
+if (
+    workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+) > 1:  # threads of more processes than cores wait for each other
     os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // workers))
 
 import pytest
@@ -18,10 +21,20 @@ from selenium.webdriver.support.ui import WebDriverWait
 from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT/"nbs"
+NBS = ROOT / "nbs"
 NO_BROWSER = "pages are looked at in a browser: apt-get update && apt-get install -y chromium chromium-driver"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1000",
+]
 
 # The text that a reader sees outside of code: formulas left as TeX would stand there.
 PROSE = """
@@ -30,30 +43,43 @@ for (let node = walker.nextNode(); node; node = walker.nextNode())
   if (!node.parentElement.closest('pre, code, script, style, noscript, template, math annotation')) parts.push(node.data);
 return parts.join('\\n');
 """
-BROKEN_IMAGES = "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src.slice(0, 120));"
+BROKEN_IMAGES = (
+    "return [...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src.slice(0, 120));"
+)
 
 
 def run(*command, cwd: Path, **environment) -> str:
     "What a command says; it must not fail."
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def check_page(browser, url: str) -> list[str]:
     "Open a page (http://… or file://…) and list what is wrong with it; an empty list is a good page."
-    for kind in ("browser", "performance"): browser.get_log(kind)   # what earlier pages left
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)  # what earlier pages left
     browser.get(url)
     WebDriverWait(browser, 60).until(lambda b: b.execute_script("return document.readyState") == "complete")
     problems = [f"broken image {src}" for src in browser.execute_script(BROKEN_IMAGES)]
     prose = browser.execute_script(PROSE)
-    if len(prose.split()) < 5: problems.append("the page is empty")
-    problems += [f"TeX in the text: {tex}" for tex in re.findall(r"\\[A-Za-z]{2,}.{0,40}|\$[^$\s][^$\n]*\$|\\[(\[].{0,40}", prose)]
-    problems += [f"console: {entry['message']}" for entry in browser.get_log("browser")
-                 if entry["level"] == "SEVERE" and "favicon.ico" not in entry["message"]]
+    if len(prose.split()) < 5:
+        problems.append("the page is empty")
+    problems += [
+        f"TeX in the text: {tex}"
+        for tex in re.findall(r"\\[A-Za-z]{2,}.{0,40}|\$[^$\s][^$\n]*\$|\\[(\[].{0,40}", prose)
+    ]
+    problems += [
+        f"console: {entry['message']}"
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE" and "favicon.ico" not in entry["message"]
+    ]
     for entry in browser.get_log("performance"):
         event = json.loads(entry["message"])["message"]
-        if event["method"] != "Network.requestWillBeSent": continue
+        if event["method"] != "Network.requestWillBeSent":
+            continue
         asked = event["params"]["request"]["url"]
         if urlsplit(asked).scheme in ("http", "https", "ws", "wss") and urlsplit(asked).netloc != urlsplit(url).netloc:
             problems.append(f"asks another host: {asked}")
@@ -65,30 +91,37 @@ LONGEST = ("06_importance", "11_decoding", "06b_certainty", "20_study_layers")
 
 def pytest_collection_modifyitems(items):
     "Chapters first, the longest ahead."
+
     def turn(item):
-        if item.path.name != "test_notebooks.py": return len(LONGEST) + 1
+        if item.path.name != "test_notebooks.py":
+            return len(LONGEST) + 1
         return next((i for i, name in enumerate(LONGEST) if f"[{name}]" in item.name), len(LONGEST))
+
     items.sort(key=turn)
 
 
 class ByFile(LoadScopeScheduling):
     "Each chapter wherever there is room; all tests of another file in one process, since they share what was made for them."
+
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
         return nodeid if file.endswith("test_notebooks.py") else file
 
 
-def pytest_xdist_make_scheduler(config, log): return ByFile(config, log)
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     "A headless Chromium with an empty profile."
     chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not (chromium and driver): (pytest.fail if os.environ.get("CI") else pytest.skip)(NO_BROWSER)
+    if not (chromium and driver):
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(NO_BROWSER)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]: options.add_argument(flag)
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(driver))
     yield browser

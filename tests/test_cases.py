@@ -1,4 +1,5 @@
 """Faults that users of comparable tools reported: the first table of cases, where it touches loading, reading, statistics, skipping and scores."""
+
 from collections import Counter
 
 import numpy as np
@@ -24,7 +25,12 @@ def widened(batch: dict, width: int, side: str) -> dict:
     "The same batch, padded further."
     more, at = width - batch["input_ids"].shape[1], 0 if side == "left" else 1
     pad = lambda t, fill: torch.nn.functional.pad(t, (more, 0) if at == 0 else (0, more), value=fill)
-    return dict(batch, input_ids=pad(batch["input_ids"], 1), attention_mask=pad(batch["attention_mask"], 0), count_mask=pad(batch["count_mask"], False))
+    return dict(
+        batch,
+        input_ids=pad(batch["input_ids"], 1),
+        attention_mask=pad(batch["attention_mask"], 0),
+        count_mask=pad(batch["count_mask"], False),
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -49,20 +55,28 @@ def test_padding_moves_no_loss(family):
 def test_batching_changes_scores(family):
     "Two texts as one batch and as two."
     model, both = tiny(family), batch_of(7, 4)
-    one_by_one = [{k: v[i:i + 1, :n] if v.ndim == 2 else v[i:i + 1] for k, v in both.items()} for i, n in ((0, 7), (1, 4))]
+    one_by_one = [
+        {k: v[i : i + 1, :n] if v.ndim == 2 else v[i : i + 1] for k, v in both.items()} for i, n in ((0, 7), (1, 4))
+    ]
     methods = METHODS + ["leave_one_out"] * (family != "bert")
     together, apart = layer_scores(model, [both], methods), layer_scores(model, one_by_one, methods)
     np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-5)
-    for method in methods: assert select_layers(together[method]) == select_layers(apart[method])
+    for method in methods:
+        assert select_layers(together[method]) == select_layers(apart[method])
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("measure", [block_influence, leave_one_out, collect_stats, lambda m, b: layer_scores(m, b, METHODS)], ids=["block_influence", "leave_one_out", "collect_stats", "layer_scores"])
+@pytest.mark.parametrize(
+    "measure",
+    [block_influence, leave_one_out, collect_stats, lambda m, b: layer_scores(m, b, METHODS)],
+    ids=["block_influence", "leave_one_out", "collect_stats", "layer_scores"],
+)
 def test_nan_ranked_as_unimportant(measure, value):
     "Layer 3 of a model is not finite, and neither is anything after it: the error names the first."
     model = tiny("llama")
     blocks(model)[3].mlp.down_proj.weight.data.fill_(float(value))
-    with pytest.raises(FloatingPointError, match="text 0" if measure is leave_one_out else "layer 3"): measure(model, [batch_of(6, 4)])
+    with pytest.raises(FloatingPointError, match="text 0" if measure is leave_one_out else "layer 3"):
+        measure(model, [batch_of(6, 4)])
 
 
 @pytest.mark.parametrize("layer", [0, 3])
@@ -70,9 +84,11 @@ def test_a_loss_that_is_not_a_number_is_no_loss(layer, monkeypatch):
     "A model that is NaN only without one of its blocks: taking that one out is the worst, not the best."
     model, some, own = tiny("llama"), [batch_of(6, 4), batch_of(5)], avss_nb.evaluation.token_losses
     wanted = leave_one_out(model, some)
+
     def losses(model, batch, grad=False):
         stands_in = [isinstance(b, PassThrough) for b in blocks(model)]
         return own(model, batch) * (float("nan") if stands_in[layer] and not stands_in[layer + 1] else 1)
+
     monkeypatch.setattr(avss_nb.evaluation, "token_losses", losses)
     damages = leave_one_out(model, some)
     assert damages[layer] == np.inf and damages.drop(layer).equals(wanted.drop(layer))
@@ -84,17 +100,21 @@ def test_perplexity_of_a_broken_model(value):
     model, batch = tiny("llama"), batch_of(6, 4, 5)
     batch["input_ids"][1, 2] = 97
     model.get_input_embeddings().weight.data[97] = float(value)
-    with pytest.raises(FloatingPointError, match="text 1"): perplexity(model, [batch])
+    with pytest.raises(FloatingPointError, match="text 1"):
+        perplexity(model, [batch])
 
 
 def test_a_padding_position_that_is_not_finite_is_not_counted():
     "The zero row of a padding token: its relative update is infinite, and nobody's business."
     model, batch, got = tiny("gemma3_text"), batch_of(6, 2), []
     blocks(model)[0].post_feedforward_layernorm.weight.data.fill_(99)
-    with read_activations(model, ["relative_update"], lambda layer, point, a: got.append(a)): run_blocks(model, batch)
+    with read_activations(model, ["relative_update"], lambda layer, point, a: got.append(a)):
+        run_blocks(model, batch)
     assert not torch.isfinite(got[0][1, 2:]).all()
     stats = collect_stats(model, [batch], reduce=("elements", "samples", "neurons"))
-    assert all(np.isfinite(variance(stats, "relative_update", reduce)).all() for reduce in ("elements", "samples", "neurons"))
+    assert all(
+        np.isfinite(variance(stats, "relative_update", reduce)).all() for reduce in ("elements", "samples", "neurons")
+    )
 
 
 @each_family
@@ -102,7 +122,8 @@ def test_output_0_of_a_bare_tensor(family):
     "A batch of 3×7: 21 tokens, not 7."
     model = tiny(family)
     stats = collect_stats(model, [batch_of(7, 7, 7)], points=POINTS, reduce=("elements", "neurons", "samples"))
-    for point in POINTS: assert set(stats.get(point, "tokens")) == {21} and set(stats.get(point, "samples")) == {3}
+    for point in POINTS:
+        assert set(stats.get(point, "tokens")) == {21} and set(stats.get(point, "samples")) == {3}
     assert set(stats.get("output", "count")) == {21 * 32}
 
 
@@ -116,14 +137,27 @@ def test_last_hidden_state_is_post_norm(family, norm):
     assert variance(before, "output").equals(variance(after, "output")) and sparsity(before).equals(sparsity(after))
 
 
-@pytest.mark.parametrize("family, options", [("mixtral", dict(num_local_experts=4)), ("qwen2_moe", dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=32, decoder_sparse_step=1))])
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("mixtral", dict(num_local_experts=4)),
+        (
+            "qwen2_moe",
+            dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=32, decoder_sparse_step=1),
+        ),
+    ],
+)
 def test_mixture_of_experts(family, options):
     "Scores, skipping and reading points work; the router's shapes stay."
     model, batch = tiny(family, num_key_value_heads=2, num_experts_per_tok=2, **options), batch_of(7, 4)
     shapes = {n: p.shape for n, p in model.named_parameters()}
     scores = layer_scores(model, [batch], METHODS + ["leave_one_out"])
-    assert np.isfinite(scores).all(axis=None) and variance(collect_stats(model, [batch], points=["attention", "mlp"]), "mlp").gt(0).all()
-    with torch.no_grad(), skip_layers(model, [1, 3]): assert torch.isfinite(model(**model_inputs(model, batch)).logits).all()
+    assert (
+        np.isfinite(scores).all(axis=None)
+        and variance(collect_stats(model, [batch], points=["attention", "mlp"]), "mlp").gt(0).all()
+    )
+    with torch.no_grad(), skip_layers(model, [1, 3]):
+        assert torch.isfinite(model(**model_inputs(model, batch)).logits).all()
     assert {n: p.shape for n, p in model.named_parameters()} == shapes
 
 
@@ -146,8 +180,18 @@ def test_gradient_checkpointing(family, reentrant):
 def test_generation_while_reading(family, use_cache):
     "With a cache each token is read once: 5 of the prompt and 7 of the 8 new ones."
     model, ids, seen = tiny(family), batch_of(5, 5)["input_ids"], Counter()
-    with read_activations(model, ["output", "mlp_hidden"], lambda layer, point, a: seen.update({(layer, point): a.shape[:2].numel() // 2})):
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=1, eos_token_id=None, use_cache=use_cache)
+    with read_activations(
+        model, ["output", "mlp_hidden"], lambda layer, point, a: seen.update({(layer, point): a.shape[:2].numel() // 2})
+    ):
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=1,
+            eos_token_id=None,
+            use_cache=use_cache,
+        )
     assert set(seen.values()) == {5 + 7 if use_cache else sum(range(5, 13))}
 
 
@@ -156,10 +200,18 @@ def test_removed_with_hooks_on(family):
     "The model fails inside, under a reader and a skip: no hook and no stand-in is left behind."
     model, batch = tiny(family), batch_of(6, 4)
     own = list(blocks(model))
-    def fail(*args): raise RuntimeError("inside")
+
+    def fail(*args):
+        raise RuntimeError("inside")
+
     handle = blocks(model)[2].register_forward_pre_hook(fail)
-    for run in (lambda: collect_stats(model, [batch], points=POINTS), lambda: block_influence(model, [batch]), lambda: layer_scores(model, [batch], ["leave_one_out" if family != "bert" else "avss"])):
-        with pytest.raises(RuntimeError, match="inside"), skip_layers(model, [1]): run()
+    for run in (
+        lambda: collect_stats(model, [batch], points=POINTS),
+        lambda: block_influence(model, [batch]),
+        lambda: layer_scores(model, [batch], ["leave_one_out" if family != "bert" else "avss"]),
+    ):
+        with pytest.raises(RuntimeError, match="inside"), skip_layers(model, [1]):
+            run()
         assert [a is b for a, b in zip(own, blocks(model))] == [True] * 5
     handle.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -167,27 +219,44 @@ def test_removed_with_hooks_on(family):
 
 def test_an_exception_in_the_reader_leaves_no_hook():
     model = tiny("llama")
-    def fail(*args): raise KeyError("mine")
-    with pytest.raises(KeyError, match="mine"), read_activations(model, POINTS, fail): run_blocks(model, batch_of(4, 4))
+
+    def fail(*args):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), read_activations(model, POINTS, fail):
+        run_blocks(model, batch_of(4, 4))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_nothing_read_stays_on_the_graph():
     model, kept = tiny("llama").train(), []
-    with read_activations(model, POINTS, lambda layer, point, a: kept.append(a)): model(batch_of(6, 4)["input_ids"])
+    with read_activations(model, POINTS, lambda layer, point, a: kept.append(a)):
+        model(batch_of(6, 4)["input_ids"])
     assert len(kept) == 35 and not any(a.requires_grad or a.grad_fn for a in kept)
 
 
-@pytest.mark.parametrize("layers, message", [([30], "no layer 30.*0 to 29"), ([-1], "no layer -1"), ([3, 3], "layer 3 is named twice"), (range(30), "nothing would be left"), ([1.5], "1.5"), ([0, 31, -2], "no layer")])
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        ([30], "no layer 30.*0 to 29"),
+        ([-1], "no layer -1"),
+        ([3, 3], "layer 3 is named twice"),
+        (range(30), "nothing would be left"),
+        ([1.5], "1.5"),
+        ([0, 31, -2], "no layer"),
+    ],
+)
 def test_0_or_1_based_end_included_or_not(layers, message):
-    with pytest.raises(ValueError, match=message): check_layers(layers, 30)
+    with pytest.raises(ValueError, match=message):
+        check_layers(layers, 30)
 
 
 @pytest.mark.parametrize("layers", [[5], [-1], [1, 1], range(5)], ids=str)
 def test_wrong_layers_are_refused_before_the_model_is_touched(layers):
     model = tiny("llama")
     own = list(blocks(model))
-    with pytest.raises(ValueError): skip_layers(model, layers)
+    with pytest.raises(ValueError):
+        skip_layers(model, layers)
     assert [a is b for a, b in zip(own, blocks(model))] == [True] * 5
 
 

@@ -1,4 +1,5 @@
 """Scores under any weights of the texts equal scores of the texts themselves; intervals and settling by hand."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -29,7 +30,9 @@ def test_weights_are_what_they_say(family, weights):
     parts = dict(by_text(some))
     wanted = layer_scores(model, [parts[i] for i, w in enumerate(weights) for _ in range(w)], METHODS)
     found = score_texts(model, some, METHODS).under(np.array(weights), METHODS)
-    np.testing.assert_allclose(found.drop(columns="avss_authors"), wanted.drop(columns="avss_authors"), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        found.drop(columns="avss_authors"), wanted.drop(columns="avss_authors"), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_text_of_several_rows_is_one_text():
@@ -44,21 +47,22 @@ def test_losses_that_are_there_are_used():
     model, some = tiny("llama"), numbered((8, 5), (6, 7))
     losses = removal_losses(model, some)
     assert score_texts(model, some, ["leave_one_out"], losses=losses).losses is losses
-    with pytest.raises(ValueError, match="other texts"): score_texts(model, some[:1], ["leave_one_out"], losses=losses)
+    with pytest.raises(ValueError, match="other texts"):
+        score_texts(model, some[:1], ["leave_one_out"], losses=losses)
 
 
 def made(costs: list[list[float]], tokens: int = 10) -> TextScores:
     "Texts with the given loss without each layer; the whole model loses nothing."
-    losses = pd.DataFrame(costs).rename_axis("text").assign(tokens=tokens, whole=0.)
+    losses = pd.DataFrame(costs).rename_axis("text").assign(tokens=tokens, whole=0.0)
     return TextScores(losses.tokens, {}, losses)
 
 
 def test_certainty_of_a_certain_and_of_an_open_case():
-    certain = score_certainty(made([[1., 2, 3, 4]] * 6), ["leave_one_out"]).loc["leave_one_out"]
+    certain = score_certainty(made([[1.0, 2, 3, 4]] * 6), ["leave_one_out"]).loc["leave_one_out"]
     assert certain.lowest.tolist() == [1, 0, 0, 0] and (certain.low == certain.high).all()
-    np.testing.assert_allclose(certain.score, [.1, .2, .3, .4])
-    open_case = score_certainty(made([[1., 2, 9, 9], [2., 1, 9, 9]] * 10), ["leave_one_out"]).loc["leave_one_out"]
-    assert .3 < open_case.lowest[0] < .7 and open_case.lowest[2] == 0 and open_case.lowest.sum() == pytest.approx(1)
+    np.testing.assert_allclose(certain.score, [0.1, 0.2, 0.3, 0.4])
+    open_case = score_certainty(made([[1.0, 2, 9, 9], [2.0, 1, 9, 9]] * 10), ["leave_one_out"]).loc["leave_one_out"]
+    assert 0.3 < open_case.lowest[0] < 0.7 and open_case.lowest[2] == 0 and open_case.lowest.sum() == pytest.approx(1)
     assert (open_case.low < open_case.score)[:2].all() and (open_case.score < open_case.high)[:2].all()
 
 
@@ -70,17 +74,33 @@ def test_the_seed_decides():
 
 def test_settling_by_hand():
     "Layer 0 looks cheapest until the dear text is read, whose cost outweighs all others."
-    course = settling(made([[50., 9, 30, 30], [1., 9, 30, 30], [1., 9, 30, 30]]), ["leave_one_out"], fraction=.25, n_orders=40)
+    course = settling(
+        made([[50.0, 9, 30, 30], [1.0, 9, 30, 30], [1.0, 9, 30, 30]]), ["leave_one_out"], fraction=0.25, n_orders=40
+    )
     found = course.xs("leave_one_out").found.unstack("n_texts")
-    assert (found[3] == 1).all() and set(found[1]) == {0., 1.} and (found[1] <= found[2]).all() and (found[2] <= found[3]).all()
+    assert (
+        (found[3] == 1).all()
+        and set(found[1]) == {0.0, 1.0}
+        and (found[1] <= found[2]).all()
+        and (found[2] <= found[3]).all()
+    )
     after = settled_after(course).loc["leave_one_out"]
     assert after["most"] == 30 and after["median"] in (10, 20, 30)
 
 
-@pytest.mark.parametrize("family, methods, message", [("llama", ["taylor"], "'taylor' does not add up"), ("llama", ["avs"], "'avs' does not add up"), ("bert", ["leave_one_out"], "no causal language model")])
+@pytest.mark.parametrize(
+    "family, methods, message",
+    [
+        ("llama", ["taylor"], "'taylor' does not add up"),
+        ("llama", ["avs"], "'avs' does not add up"),
+        ("bert", ["leave_one_out"], "no causal language model"),
+    ],
+)
 def test_bad_input_is_named(family, methods, message):
-    with pytest.raises(ValueError, match=message): score_texts(tiny(family), numbered((8, 5)), methods)
+    with pytest.raises(ValueError, match=message):
+        score_texts(tiny(family), numbered((8, 5)), methods)
 
 
 def test_one_text_says_nothing_of_the_spread():
-    with pytest.raises(ValueError, match="at least two texts"): score_texts(tiny("llama"), numbered((8,)), ["avss"])
+    with pytest.raises(ValueError, match="at least two texts"):
+        score_texts(tiny("llama"), numbered((8,)), ["avss"])

@@ -1,4 +1,5 @@
 """The worked examples of CONTRIBUTING.md: each is truly one small change."""
+
 import re
 import shutil
 import subprocess
@@ -8,16 +9,19 @@ from avss_nb import data, importance, labeling
 from conftest import ROOT
 from tiny import batch_of, one_thread, tiny
 
-TEXT = (ROOT/"CONTRIBUTING.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]: return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.M | re.S)
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.M | re.S)
 
 
 def test_examples_run(monkeypatch):
-    for module, name in ((importance, "FROM_STATS"), (data, "QUESTIONS"), (labeling, "RULES")): monkeypatch.setattr(module, name, dict(getattr(module, name)))
+    for module, name in ((importance, "FROM_STATS"), (data, "QUESTIONS"), (labeling, "RULES")):
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
     assert len(blocks("python")) == 3
-    for code in blocks("python"): exec(compile(code, "CONTRIBUTING.md", "exec"), dict(model=tiny("llama"), batches=[batch_of(5, 4)]))      # noqa: S102
+    for code in blocks("python"):
+        exec(compile(code, "CONTRIBUTING.md", "exec"), dict(model=tiny("llama"), batches=[batch_of(5, 4)]))  # noqa: S102
 
 
 CHECK = """
@@ -32,12 +36,14 @@ print((variance(stats, "doubled") / variance(stats, "output")).round(3).unique()
 
 def test_a_reading_point_is_two_lines(tmp_path):
     "Applied to a copy of the package, and asked for."
-    shutil.copytree(ROOT/"avss_nb", tmp_path/"avss_nb", ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
-    file, (diff,) = tmp_path/"avss_nb"/"hooks.py", blocks("diff")
+    shutil.copytree(ROOT / "avss_nb", tmp_path / "avss_nb", ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
+    file, (diff,) = tmp_path / "avss_nb" / "hooks.py", blocks("diff")
     lines = diff.splitlines()
     for old, new in zip(lines[::2], lines[1::2]):
         source = file.read_text(encoding="utf-8")
         assert old[0] == "-" and new[0] == "+" and source.count(old[1:]) == 1, old
         file.write_text(source.replace(old[1:], new[1:]), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", CHECK, str(tmp_path), str(ROOT/"tests")], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, str(tmp_path), str(ROOT / "tests")], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "[4.0]", done.stderr

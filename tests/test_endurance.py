@@ -1,4 +1,5 @@
 """Killed at any moment, a run goes on to the same result; a full disk, a damaged file and other settings are told, and nothing is lost or mixed."""
+
 import errno
 import json
 import os
@@ -31,15 +32,23 @@ from test_bad_input import files, model_folder as short_window, small_files, tin
 from test_contrastive import QUESTIONS, SHORT, Letters, chosen
 from tiny import batch_of, one_thread, tiny
 
-PLAN = dict(study=dict(changes=14, kills=14), prune=dict(changes=10, kills=8), answers=dict(changes=6, kills=14), arms=dict(changes=20, kills=12), tune=dict(changes=20, kills=10))
+PLAN = dict(
+    study=dict(changes=14, kills=14),
+    prune=dict(changes=10, kills=8),
+    answers=dict(changes=6, kills=14),
+    arms=dict(changes=20, kills=12),
+    tune=dict(changes=20, kills=10),
+)
 
 
 @pytest.fixture(scope="module")
 def model_folder(short_window, tmp_path_factory) -> Path:
     "Five random Llama blocks with a tokenizer of bytes, and a window for a few answered examples."
-    folder = tmp_path_factory.mktemp("model")/"tiny"
+    folder = tmp_path_factory.mktemp("model") / "tiny"
     shutil.copytree(short_window, folder)
-    (folder/"config.json").write_text(json.dumps(json.loads((folder/"config.json").read_text()) | dict(max_position_embeddings=2048)))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | dict(max_position_embeddings=2048))
+    )
     return folder
 
 
@@ -47,7 +56,11 @@ def model_folder(short_window, tmp_path_factory) -> Path:
 def killed(model_folder, tmp_path_factory) -> tuple[Path, dict]:
     "Where the killed runs ended, and how often each was killed."
     place = tmp_path_factory.mktemp("killed")
-    done = subprocess.run([sys.executable, Path(__file__).with_name("nursery.py"), place, model_folder, "0", json.dumps(PLAN)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("nursery.py"), place, model_folder, "0", json.dumps(PLAN)],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 
@@ -55,23 +68,32 @@ def killed(model_folder, tmp_path_factory) -> tuple[Path, dict]:
 def test_at_least_fifty_kills(killed):
     counts = {name: sum(sum(run.values()) for run in runs) for name, runs in killed[1].items()}
     assert sum(counts.values()) >= 50 and all(counts[name] >= PLAN[name]["kills"] for name in PLAN), counts
-    assert all(sum(run[kind] for runs in killed[1].values() for run in runs) for kind in ("changes", "torn", "time")), killed[1]
+    assert all(sum(run[kind] for runs in killed[1].values() for run in runs) for kind in ("changes", "torn", "time")), (
+        killed[1]
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     "Every file below a folder; of statistics the numbers, since their header has no order of its own."
-    def of(file): return b"".join(t.numpy().tobytes() for _, t in sorted(load_file(file).items())) if file.suffix == ".safetensors" else file.read_bytes()
-    return {name: of(folder/name) for name in files(folder) if (folder/name).is_file()}
+
+    def of(file):
+        return (
+            b"".join(t.numpy().tobytes() for _, t in sorted(load_file(file).items()))
+            if file.suffix == ".safetensors"
+            else file.read_bytes()
+        )
+
+    return {name: of(folder / name) for name in files(folder) if (folder / name).is_file()}
 
 
 @pytest.mark.parametrize("name", ["study", "prune", "answers", "arms"])
 def test_a_killed_run_ends_with_the_same_files(killed, name):
     "To the last bit, and with nothing besides."
     place, told = killed
-    whole = contents(place/f"{name}-whole")
+    whole = contents(place / f"{name}-whole")
     assert len(whole) > 3
     for i in range(len(told[name])):
-        found = contents(place/f"{name}-{i}")
+        found = contents(place / f"{name}-{i}")
         assert sorted(found) == sorted(whole) and not [n for n in whole if found[n] != whole[n]]
 
 
@@ -82,14 +104,21 @@ def test_killed_trainings_end_with_the_same_weights(killed):
 
 # ---- damaged files, other settings, no space
 
+
 def spoil(file: Path, how: str):
     whole = file.read_bytes()
-    if how == "cut": file.write_bytes(whole[:len(whole) // 2 - 1])
-    if how == "row": file.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
-    if how == "empty": file.write_bytes(b"")
-    if how == "zeros": file.write_bytes(bytes(len(whole)))
-    if how == "garbage": file.write_bytes(b"\xff\xd8" + os.urandom(200))
-    if how == "foreign": file.write_text("name,price\ncow,3\n")
+    if how == "cut":
+        file.write_bytes(whole[: len(whole) // 2 - 1])
+    if how == "row":
+        file.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    if how == "empty":
+        file.write_bytes(b"")
+    if how == "zeros":
+        file.write_bytes(bytes(len(whole)))
+    if how == "garbage":
+        file.write_bytes(b"\xff\xd8" + os.urandom(200))
+    if how == "foreign":
+        file.write_text("name,price\ncow,3\n")
 
 
 HOW = ["cut", "row", "empty", "zeros", "garbage", "foreign"]
@@ -98,14 +127,19 @@ HOW = ["cut", "row", "empty", "zeros", "garbage", "foreign"]
 def told_or_same(work, folder: Path, wanted: dict[str, bytes], spoilt: str) -> bool:
     "Run again over a spoilt file: an error that names it and the remedy, and nothing changed; or the same result. Then without it: the same result."
     before = contents(folder) if not spoilt.endswith(".safetensors") else None
-    try: work(folder)
+    try:
+        work(folder)
     except ValueError as error:
-        assert str(folder/spoilt) in str(error) and any(word in str(error) for word in ("delete", "make it again")), error
-        if before: assert contents(folder) == before
-        (folder/spoilt).unlink()
+        assert str(folder / spoilt) in str(error) and any(word in str(error) for word in ("delete", "make it again")), (
+            error
+        )
+        if before:
+            assert contents(folder) == before
+        (folder / spoilt).unlink()
         work(folder)
         told = True
-    else: told = False
+    else:
+        told = False
     assert contents(folder) == wanted
     return told
 
@@ -129,27 +163,37 @@ def quick(at_hand, monkeypatch):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["profile.csv", "losses/batch-0.csv", "scores.csv", "certainty.csv"])
 def test_a_damaged_table_of_a_study(killed, quick, tmp_path, name, how):
-    out = tmp_path/"out"
-    shutil.copytree(killed[0]/"study-whole", out)
-    spoil(out/name, how)
-    assert told_or_same(lambda folder: measure(quick, folder), out, contents(killed[0]/"study-whole"), name)
+    out = tmp_path / "out"
+    shutil.copytree(killed[0] / "study-whole", out)
+    spoil(out / name, how)
+    assert told_or_same(lambda folder: measure(quick, folder), out, contents(killed[0] / "study-whole"), name)
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_damaged_statistics_of_a_study(killed, quick, tmp_path, how):
-    out = tmp_path/"out"
-    shutil.copytree(killed[0]/"study-whole", out)
-    spoil(out/"stats.safetensors", how)
-    (out/"profile.csv").unlink()
-    assert told_or_same(lambda folder: measure(quick, folder), out, contents(killed[0]/"study-whole"), "stats.safetensors")
+    out = tmp_path / "out"
+    shutil.copytree(killed[0] / "study-whole", out)
+    spoil(out / "stats.safetensors", how)
+    (out / "profile.csv").unlink()
+    assert told_or_same(
+        lambda folder: measure(quick, folder), out, contents(killed[0] / "study-whole"), "stats.safetensors"
+    )
 
 
-def answered(out: Path, n: int = 8, **options): return generate_answers(tiny("llama", vocab_size=300), PADS, Dataset.from_list(ASKED[:n]), **dict(max_new_tokens=3, stop=(), out=out) | options)
+def answered(out: Path, n: int = 8, **options):
+    return generate_answers(
+        tiny("llama", vocab_size=300),
+        PADS,
+        Dataset.from_list(ASKED[:n]),
+        **dict(max_new_tokens=3, stop=(), out=out) | options,
+    )
 
 
 def armed(out: Path, **options):
     arms = dict(top=[dict(layers=[2], rank=2)], untouched=None)
-    return run_arms(tiny("llama"), Letters(), QUESTIONS, arms, chosen, seeds=(0,), out=out, **SHORT | dict(steps=2) | options)
+    return run_arms(
+        tiny("llama"), Letters(), QUESTIONS, arms, chosen, seeds=(0,), out=out, **SHORT | dict(steps=2) | options
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -165,47 +209,67 @@ def small_chunks(model_folder):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "arms"])
 def test_a_damaged_file_of_answers_and_arms(tmp_path, work, name, how):
-    work(tmp_path/"out")
-    wanted = contents(tmp_path/"out")
-    spoil(tmp_path/"out"/name, how)
-    assert told_or_same(work, tmp_path/"out", wanted, name)
+    work(tmp_path / "out")
+    wanted = contents(tmp_path / "out")
+    spoil(tmp_path / "out" / name, how)
+    assert told_or_same(work, tmp_path / "out", wanted, name)
 
 
 @pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "arms"])
 def test_cut_at_every_line_end(tmp_path, work, name):
-    work(tmp_path/"out")
-    lines = (tmp_path/"out"/name).read_bytes().splitlines(keepends=True)
+    work(tmp_path / "out")
+    lines = (tmp_path / "out" / name).read_bytes().splitlines(keepends=True)
     assert len(lines) > 1
     for n in range(len(lines)):
-        (tmp_path/"out"/name).write_bytes(b"".join(lines[:n]))
-        with pytest.raises(ValueError, match=f"{name} is damaged.*: delete it, and it is made again"): work(tmp_path/"out")
+        (tmp_path / "out" / name).write_bytes(b"".join(lines[:n]))
+        with pytest.raises(ValueError, match=f"{name} is damaged.*: delete it, and it is made again"):
+            work(tmp_path / "out")
 
 
 def is_damaged(file: Path, index) -> bool:
-    try: stored_table(file, lambda: pytest.fail("it is there"), index)
-    except ValueError as error: return f"{file} is damaged" in str(error)
+    try:
+        stored_table(file, lambda: pytest.fail("it is there"), index)
+    except ValueError as error:
+        return f"{file} is damaged" in str(error)
     return False
 
 
-@pytest.mark.parametrize("table, index", [(pd.DataFrame(dict(x=[.1, 1 / 3])).rename_axis("layer"), "layer"), (pd.DataFrame(dict(x=[])).rename_axis("layer"), "layer"),
-                                          (pd.DataFrame(dict(a=["one\ntwo", "three, four"]), pd.MultiIndex.from_tuples([("p", 1), ("q\r\n", 2)], names=["set", "item"])), ["set", "item"])],
-                         ids=["numbers", "no row", "texts of several lines"])
+@pytest.mark.parametrize(
+    "table, index",
+    [
+        (pd.DataFrame(dict(x=[0.1, 1 / 3])).rename_axis("layer"), "layer"),
+        (pd.DataFrame(dict(x=[])).rename_axis("layer"), "layer"),
+        (
+            pd.DataFrame(
+                dict(a=["one\ntwo", "three, four"]),
+                pd.MultiIndex.from_tuples([("p", 1), ("q\r\n", 2)], names=["set", "item"]),
+            ),
+            ["set", "item"],
+        ),
+    ],
+    ids=["numbers", "no row", "texts of several lines"],
+)
 def test_a_table_that_was_cut_anywhere(tmp_path, table, index):
-    file = tmp_path/"table.csv"
-    pd.testing.assert_frame_equal(stored_table(file, lambda: table, index), table, check_exact=True, **({} if len(table) else dict(check_dtype=False, check_index_type=False)))
+    file = tmp_path / "table.csv"
+    pd.testing.assert_frame_equal(
+        stored_table(file, lambda: table, index),
+        table,
+        check_exact=True,
+        **({} if len(table) else dict(check_dtype=False, check_index_type=False)),
+    )
     whole = file.read_bytes()
     for n in range(len(whole)):
         file.write_bytes(whole[:n])
         assert is_damaged(file, index), whole[:n]
-    table.to_csv(file)                    # as tables were written before
+    table.to_csv(file)  # as tables were written before
     assert not is_damaged(file, index)
 
 
 def test_tables_of_a_study_cut_at_every_line_end(killed, tmp_path):
-    tables = sorted((killed[0]/"study-whole").rglob("*.csv"))
+    tables = sorted((killed[0] / "study-whole").rglob("*.csv"))
     assert len(tables) > 12
     for n, table in enumerate(tables):
-        lines, file = table.read_bytes().splitlines(keepends=True), tmp_path/f"{n}.csv"
+        lines, file = table.read_bytes().splitlines(keepends=True), tmp_path / f"{n}.csv"
         for k in range(len(lines)):
             file.write_bytes(b"".join(lines[:k]))
             assert is_damaged(file, 0), (table, k)
@@ -214,78 +278,110 @@ def test_tables_of_a_study_cut_at_every_line_end(killed, tmp_path):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("work, name", [(answered, "settings.json"), (armed, "arms.json")], ids=["answers", "arms"])
 def test_a_damaged_note_of_settings_is_not_guessed(tmp_path, work, name, how):
-    work(tmp_path/"out")
-    spoil(tmp_path/"out"/name, how)
-    before = contents(tmp_path/"out")
-    with pytest.raises(ValueError, match=f"{name} is damaged: delete"): work(tmp_path/"out")
-    assert contents(tmp_path/"out") == before
+    work(tmp_path / "out")
+    spoil(tmp_path / "out" / name, how)
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=f"{name} is damaged: delete"):
+        work(tmp_path / "out")
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt", "rng_state.pth"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, how):
     "The one before it is taken, and the training ends with the same weights."
-    def tuned(out=None, **options): return contrastive_tune(tiny("llama"), Letters(), QUESTIONS, [3], out=out, **SHORT | dict(steps=4, save_every=1) | options)
+
+    def tuned(out=None, **options):
+        return contrastive_tune(
+            tiny("llama"), Letters(), QUESTIONS, [3], out=out, **SHORT | dict(steps=4, save_every=1) | options
+        )
+
     def stop(step, terms):
-        if step == 3: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): tuned(tmp_path/"out", on_step=stop)
-    assert _last_checkpoint(tmp_path/"out").endswith("checkpoint-3")
-    spoil(tmp_path/"out"/"checkpoint-3"/name, how)
-    assert _last_checkpoint(tmp_path/"out").endswith("checkpoint-2")
-    if how == "cut": assert all(torch.equal(p, q) for p, q in zip(tuned(tmp_path/"out").parameters(), tuned().parameters(), strict=True))
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(tmp_path / "out", on_step=stop)
+    assert _last_checkpoint(tmp_path / "out").endswith("checkpoint-3")
+    spoil(tmp_path / "out" / "checkpoint-3" / name, how)
+    assert _last_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+    if how == "cut":
+        assert all(
+            torch.equal(p, q) for p, q in zip(tuned(tmp_path / "out").parameters(), tuned().parameters(), strict=True)
+        )
 
 
-@pytest.mark.parametrize("work, change", [(answered, dict(seed=1)), (answered, dict(n=6)), (armed, dict(learning_rate=1e-3)), (armed, dict(steps=3))], ids=["answers, seed", "answers, questions", "arms, rate", "arms, steps"])
+@pytest.mark.parametrize(
+    "work, change",
+    [(answered, dict(seed=1)), (answered, dict(n=6)), (armed, dict(learning_rate=1e-3)), (armed, dict(steps=3))],
+    ids=["answers, seed", "answers, questions", "arms, rate", "arms, steps"],
+)
 def test_other_settings_are_not_mixed_in(tmp_path, work, change):
-    work(tmp_path/"out")
-    before = contents(tmp_path/"out")
-    with pytest.raises(ValueError, match="holds a run with .*choose another folder"): work(tmp_path/"out", **change)
-    assert contents(tmp_path/"out") == before
+    work(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a run with .*choose another folder"):
+        work(tmp_path / "out", **change)
+    assert contents(tmp_path / "out") == before
 
 
 def test_other_settings_of_a_study(killed, quick, tmp_path):
-    shutil.copytree(killed[0]/"study-whole", tmp_path/"out")
-    before = contents(tmp_path/"out")
-    with pytest.raises(ValueError, match="holds a run with .*passages=4.*choose another folder"): run_study(quick.model, tmp_path/"out", **SMALL | dict(passages=5))
-    assert contents(tmp_path/"out") == before
+    shutil.copytree(killed[0] / "study-whole", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a run with .*passages=4.*choose another folder"):
+        run_study(quick.model, tmp_path / "out", **SMALL | dict(passages=5))
+    assert contents(tmp_path / "out") == before
 
 
 def other_weights(folder: Path):
     "Another model of the same shapes at the same path."
-    file, = folder.glob("*.safetensors")
+    (file,) = folder.glob("*.safetensors")
     save_file({k: v + 1 for k, v in load_file(file).items()}, file, metadata=dict(format="pt"))
 
 
-def other_config(folder: Path): (folder/"config.json").write_text((folder/"config.json").read_text().replace("2048", "1024"))
+def other_config(folder: Path):
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("2048", "1024"))
 
 
-class Begun(Exception): "The run was let in."
+class Begun(Exception):
+    "The run was let in."
 
 
-def claimed(out: Path, model: Path): return measure(avss_nb.study.Settings(model=str(model), **SMALL), out)
+def claimed(out: Path, model: Path):
+    return measure(avss_nb.study.Settings(model=str(model), **SMALL), out)
 
 
-def pruned(out: Path, model: Path): return avss_nb.shipping.prune_to_folder(model, out, **SMALL)
+def pruned(out: Path, model: Path):
+    return avss_nb.shipping.prune_to_folder(model, out, **SMALL)
 
 
 @pytest.mark.parametrize("change", [other_weights, other_config])
-@pytest.mark.parametrize("work, note", [(claimed, "out/settings.json"), (pruned, "out.partial/recipe.json")], ids=["study", "prune"])
+@pytest.mark.parametrize(
+    "work, note", [(claimed, "out/settings.json"), (pruned, "out.partial/recipe.json")], ids=["study", "prune"]
+)
 def test_another_model_at_the_same_path(at_hand, model_folder, tmp_path, monkeypatch, work, note, change):
     "Refused; times of change do not count, and notes from before know no content."
-    def stop(*args, **options): raise Begun
+
+    def stop(*args, **options):
+        raise Begun
+
     for module, first in ((avss_nb.study, "_measure_all"), (avss_nb.shipping, "stored_table")):
         monkeypatch.setattr(module, "study_data", lambda settings: at_hand[1])
         monkeypatch.setattr(module, first, stop)
-    model, note = tmp_path/"model", tmp_path/note
+    model, note = tmp_path / "model", tmp_path / note
     shutil.copytree(model_folder, model)
+
     def begun():
-        with pytest.raises(Begun): work(tmp_path/"out", model)
+        with pytest.raises(Begun):
+            work(tmp_path / "out", model)
+
     begun()
     whole = note.read_bytes()
-    for file in model.iterdir(): os.utime(file, (0, 0))
+    for file in model.iterdir():
+        os.utime(file, (0, 0))
     begun()
     change(model)
-    with pytest.raises(ValueError, match="holds a run with content=.*choose another folder"): work(tmp_path/"out", model)
+    with pytest.raises(ValueError, match="holds a run with content=.*choose another folder"):
+        work(tmp_path / "out", model)
     assert note.read_bytes() == whole
     old = json.loads(whole)
     del old["settings"]["content"]
@@ -293,73 +389,109 @@ def test_another_model_at_the_same_path(at_hand, model_folder, tmp_path, monkeyp
     begun()
 
 
-def tuned_in(out: Path, model): return contrastive_tune(model, Letters(), QUESTIONS, [3], out=out, **SHORT | dict(steps=2))
-def healed_in(out: Path, model): return heal(model, ["So it goes. " * 20], tokenizer=PADS, out=out, steps=1, batch_size=1, max_length=8)
-def taught_in(out: Path, model): return heal(tiny("llama", vocab_size=300), ["So it goes. " * 20], model, PADS, out=out, steps=1, batch_size=1, max_length=8)
-def scored_in(out: Path, model): return spread_scores(model, [batch_of(4, 3)], ["avss"], out=out)
-def arms_in(out: Path, model): return run_arms(model, Letters(), QUESTIONS, dict(untouched=None), chosen, seeds=(0,), out=out, **SHORT)
+def tuned_in(out: Path, model):
+    return contrastive_tune(model, Letters(), QUESTIONS, [3], out=out, **SHORT | dict(steps=2))
+
+
+def healed_in(out: Path, model):
+    return heal(model, ["So it goes. " * 20], tokenizer=PADS, out=out, steps=1, batch_size=1, max_length=8)
+
+
+def taught_in(out: Path, model):
+    return heal(
+        tiny("llama", vocab_size=300), ["So it goes. " * 20], model, PADS, out=out, steps=1, batch_size=1, max_length=8
+    )
+
+
+def scored_in(out: Path, model):
+    return spread_scores(model, [batch_of(4, 3)], ["avss"], out=out)
+
+
+def arms_in(out: Path, model):
+    return run_arms(model, Letters(), QUESTIONS, dict(untouched=None), chosen, seeds=(0,), out=out, **SHORT)
 
 
 @pytest.mark.parametrize("work", [tuned_in, healed_in, taught_in, scored_in, arms_in])
 def test_another_model_of_the_same_shapes(tmp_path, work):
     model = tiny("llama", vocab_size=300) if work in (healed_in, taught_in) else tiny("llama")
-    work(tmp_path/"out", model)
-    work(tmp_path/"out", model)
-    with torch.no_grad(): next(model.parameters())[0] += 1
-    with pytest.raises(ValueError, match="holds a run with .*choose another folder"): work(tmp_path/"out", model)
+    work(tmp_path / "out", model)
+    work(tmp_path / "out", model)
+    with torch.no_grad():
+        next(model.parameters())[0] += 1
+    with pytest.raises(ValueError, match="holds a run with .*choose another folder"):
+        work(tmp_path / "out", model)
 
 
 def test_notes_of_the_stored_studies_are_accepted():
-    for note in (ROOT/"nbs"/"results").glob("*/settings.json"): assert "content" not in json.loads(note.read_text())["settings"]
-    check_folder(ROOT/"nbs"/"results"/"study", asdict(avss_nb.study.Settings(heal_steps=40, tune_steps=20, sparsity=.5)) | _content("smollm2-135m"))
+    for note in (ROOT / "nbs" / "results").glob("*/settings.json"):
+        assert "content" not in json.loads(note.read_text())["settings"]
+    check_folder(
+        ROOT / "nbs" / "results" / "study",
+        asdict(avss_nb.study.Settings(heal_steps=40, tune_steps=20, sparsity=0.5)) | _content("smollm2-135m"),
+    )
 
 
 @pytest.mark.parametrize("work", [answered, armed], ids=["answers", "arms"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, work):
     "No space at the n-th file: an error that names it; with space again, the rest is made and nothing else."
-    work(tmp_path/"whole")
-    wanted, replace, room = contents(tmp_path/"whole"), os.replace, [0]
+    work(tmp_path / "whole")
+    wanted, replace, room = contents(tmp_path / "whole"), os.replace, [0]
+
     def full(source, target):
         room[0] -= 1
-        if room[0] < 0: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         replace(source, target)
+
     for n in range(len(wanted)):
         with monkeypatch.context() as patch:
             patch.setattr(avss_nb.data.os, "replace", full)
             room[0] = n
-            with pytest.raises(OSError, match="cannot write .*No space left on device") as error: work(tmp_path/f"cut-{n}")
-        kept = contents(tmp_path/f"cut-{n}")
-        assert str(tmp_path/f"cut-{n}") in str(error.value) and all(kept[name] == wanted[name] for name in kept.keys() & wanted.keys()) and len(kept) >= n and not any(name.endswith(".part") for name in kept)
-        work(tmp_path/f"cut-{n}")
-        assert contents(tmp_path/f"cut-{n}") == wanted
+            with pytest.raises(OSError, match="cannot write .*No space left on device") as error:
+                work(tmp_path / f"cut-{n}")
+        kept = contents(tmp_path / f"cut-{n}")
+        assert (
+            str(tmp_path / f"cut-{n}") in str(error.value)
+            and all(kept[name] == wanted[name] for name in kept.keys() & wanted.keys())
+            and len(kept) >= n
+            and not any(name.endswith(".part") for name in kept)
+        )
+        work(tmp_path / f"cut-{n}")
+        assert contents(tmp_path / f"cut-{n}") == wanted
 
 
 def test_files_that_may_not_grow(tmp_path):
     "As a quota does: the table is whole or not there."
     table = pd.DataFrame(dict(x=range(5000))).rename_axis("layer")
-    with small_files(), pytest.raises(OSError, match="cannot write .*table.csv"): stored_table(tmp_path/"table.csv", lambda: table)
+    with small_files(), pytest.raises(OSError, match="cannot write .*table.csv"):
+        stored_table(tmp_path / "table.csv", lambda: table)
     assert files(tmp_path) == []
-    assert stored_table(tmp_path/"table.csv", lambda: table).equals(table)
+    assert stored_table(tmp_path / "table.csv", lambda: table).equals(table)
 
 
 @pytest.mark.parametrize("work", [answered, armed], ids=["answers", "arms"])
 def test_a_file_in_the_folders_place(tmp_path, work):
-    (tmp_path/"file").write_text("mine")
-    for out in (tmp_path/"file", tmp_path/"file"/"out"):
-        with pytest.raises((ValueError, OSError), match=str(tmp_path/"file")): work(out)
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises((ValueError, OSError), match=str(tmp_path / "file")):
+            work(out)
     assert contents(tmp_path) == dict(file=b"mine")
 
 
 def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
     "Told before the work, and by the folder's name; the superuser may write anywhere, so the system's answer is given for it."
-    def refuse(*args, **options): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def refuse(*args, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     monkeypatch.setattr(avss_nb.data.tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(avss_nb.labeling, "_answer_rows", lambda *args: pytest.fail("long work was begun"))
-    with pytest.raises(OSError, match=f"cannot write {tmp_path/'out'}: Permission denied"): answered(tmp_path/"out")
+    with pytest.raises(OSError, match=f"cannot write {tmp_path / 'out'}: Permission denied"):
+        answered(tmp_path / "out")
     assert files(tmp_path) == []
 
 
 def test_a_folder_whose_note_was_being_written(tmp_path):
     "Killed at its first file: the folder is that run's."
-    (tmp_path/"settings.json.part").write_text('{"sett')
+    (tmp_path / "settings.json.part").write_text('{"sett')
     assert files(claim_folder(tmp_path, dict(seed=0))) == ["settings.json"]

@@ -1,4 +1,5 @@
 """Healing beyond its chapter: families, precisions, a process that is killed, and what must stay as it was."""
+
 import os
 import random
 import signal
@@ -23,8 +24,11 @@ SHORT = dict(steps=6, batch_size=2, max_length=8, rank=4, learning_rate=1e-2)
 
 class Letters:
     "A tokenizer: a token a letter."
+
     eos_token_id = 2
-    def __call__(self, texts): return SimpleNamespace(input_ids=[[3 + ord(c) % (VOCABULARY - 3) for c in text] for text in texts])
+
+    def __call__(self, texts):
+        return SimpleNamespace(input_ids=[[3 + ord(c) % (VOCABULARY - 3) for c in text] for text in texts])
 
 
 ROWS = torch.tensor([ids[:32] for ids in Letters()(TEXT[:2]).input_ids])
@@ -43,13 +47,15 @@ def test_every_family_learns_from_its_teacher_and_leaves_it_alone(family, tmp_pa
     whole = tiny(family)
     small, before = prune_layers(whole, [1]), weights(whole)
     after = healed(small, whole, steps=12, learning_rate=3e-3)
-    with torch.no_grad(): assert healing_loss(after, ROWS, whole) < healing_loss(small, ROWS, whole)
+    with torch.no_grad():
+        assert healing_loss(after, ROWS, whole) < healing_loss(small, ROWS, whole)
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in whole.named_parameters())
     assert not whole.training and not after.training and len(blocks(after)) == 4
     after.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = batch_of(9)["input_ids"]
-    with torch.no_grad(): found, wanted, unhealed = (m(ids).logits for m in (again, after, small))
+    with torch.no_grad():
+        found, wanted, unhealed = (m(ids).logits for m in (again, after, small))
     assert torch.equal(found, wanted) and not torch.allclose(wanted, unhealed, atol=1e-3)
 
 
@@ -59,7 +65,8 @@ def test_half_precision(dtype):
     small = prune_layers(whole, [1])
     after = healed(small, whole, steps=12, learning_rate=3e-3)
     assert {p.dtype for p in after.parameters()} == {dtype}
-    with torch.no_grad(): assert healing_loss(after, ROWS, whole) < .95 * healing_loss(small, ROWS, whole)
+    with torch.no_grad():
+        assert healing_loss(after, ROWS, whole) < 0.95 * healing_loss(small, ROWS, whole)
 
 
 def test_what_is_not_trained_is_shared():
@@ -79,9 +86,13 @@ def test_a_teacher_that_is_the_model_itself_teaches_nothing():
 def test_an_error_in_training_leaves_the_models_as_they_were():
     whole = tiny("llama")
     small, before = prune_layers(whole, [1]), weights(whole)
+
     def stop(step, loss):
-        if step == 3: raise RuntimeError("enough")
-    with pytest.raises(RuntimeError, match="enough"): healed(small, whole, on_step=stop)
+        if step == 3:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        healed(small, whole, on_step=stop)
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in whole.named_parameters())
     assert not any("lora" in name for name, _ in small.named_parameters())
 
@@ -113,25 +124,26 @@ def run(out, slow: bool) -> subprocess.Popen:
 
 
 def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
-    first = run(tmp_path/"cut", slow=True)
+    first = run(tmp_path / "cut", slow=True)
     for line in first.stdout:
-        if line.strip() == "10": break
+        if line.strip() == "10":
+            break
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert _last_checkpoint(tmp_path/"cut").endswith("checkpoint-8")
-    half = tmp_path/"cut"/"checkpoint-12"           # a checkpoint that was being written
+    assert _last_checkpoint(tmp_path / "cut").endswith("checkpoint-8")
+    half = tmp_path / "cut" / "checkpoint-12"  # a checkpoint that was being written
     half.mkdir(exist_ok=True)
-    second, straight = run(tmp_path/"cut", slow=False), run(tmp_path/"straight", slow=False)
+    second, straight = run(tmp_path / "cut", slow=False), run(tmp_path / "straight", slow=False)
     steps = second.communicate()[0].split()
     assert second.returncode == 0 and steps[0] == "8" and steps[-1] == "19", steps
     assert straight.wait() == 0
-    cut, whole = (torch.load(tmp_path/f"{name}.weights", weights_only=True) for name in ("cut", "straight"))
+    cut, whole = (torch.load(tmp_path / f"{name}.weights", weights_only=True) for name in ("cut", "straight"))
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
     whole, steps = tiny("llama"), []
-    options = dict(out=tmp_path/"run", save_every=3)
+    options = dict(out=tmp_path / "run", save_every=3)
     first = healed(prune_layers(whole, [1]), whole, **options)
     again = healed(prune_layers(whole, [1]), whole, on_step=lambda step, loss: steps.append(step), **options)
     assert not steps and all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters()))
@@ -140,18 +152,22 @@ def test_a_finished_run_is_not_run_again(tmp_path):
 @pytest.mark.parametrize("change", [dict(seed=1), dict(rank=2), dict(steps=7)], ids=str)
 def test_a_folder_of_another_run_is_left_alone(tmp_path, change):
     whole = tiny("llama")
-    healed(prune_layers(whole, [1]), whole, out=tmp_path/"run")
-    before = sorted(p.name for p in (tmp_path/"run").iterdir())
-    with pytest.raises(ValueError, match="holds a run with"): healed(prune_layers(whole, [1]), whole, out=tmp_path/"run", **change)
-    assert sorted(p.name for p in (tmp_path/"run").iterdir()) == before
+    healed(prune_layers(whole, [1]), whole, out=tmp_path / "run")
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    with pytest.raises(ValueError, match="holds a run with"):
+        healed(prune_layers(whole, [1]), whole, out=tmp_path / "run", **change)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
 
 
 def test_costs_of_a_cache_that_is_not_keys_and_values():
-    with pytest.raises(ValueError, match="holds no keys and values"): decoding_cost(dict(whole=tiny("mamba")), repeats=1, n_tokens=2)
+    with pytest.raises(ValueError, match="holds no keys and values"):
+        decoding_cost(dict(whole=tiny("mamba")), repeats=1, n_tokens=2)
 
 
 def test_cost_counts_shared_weights_once():
     whole = tiny("llama", tie_word_embeddings=True)
     cost = decoding_cost(dict(whole=whole, small=prune_layers(whole, [1])), repeats=1, n_tokens=2, prompt_tokens=3)
     assert cost.weight_bytes["whole"] == 4 * whole.num_parameters() == 4 * cost.parameters["whole"]
-    assert cost.cache_bytes.tolist() == [n * 2 * 2 * 8 * 4 * 5 for n in (5, 4)]     # blocks × keys and values × heads × width × bytes × tokens
+    assert cost.cache_bytes.tolist() == [
+        n * 2 * 2 * 8 * 4 * 5 for n in (5, 4)
+    ]  # blocks × keys and values × heads × width × bytes × tokens

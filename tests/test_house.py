@@ -1,4 +1,5 @@
 """The files agree with each other: notebooks, package, README, site, settings and pins."""
+
 import ast
 import shutil
 import sys
@@ -18,7 +19,7 @@ from conftest import NBS, ROOT, run
 CHAPTERS = _run.chapters()
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 settings = ConfigParser()
-settings.read(ROOT/"settings.ini", encoding="utf-8")
+settings.read(ROOT / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
 
 
@@ -29,8 +30,10 @@ def code_cells(chapter: Path) -> list:
 
 def statements(cell) -> list:
     "What stands at the top level of a cell; nothing where IPython's own syntax is used."
-    try: return ast.parse(cell.source).body
-    except SyntaxError: return []
+    try:
+        return ast.parse(cell.source).body
+    except SyntaxError:
+        return []
 
 
 def where(cell) -> str:
@@ -42,15 +45,29 @@ def where(cell) -> str:
 def copy(tmp_path) -> Path:
     "A copy of what the package is made from, to be changed at will."
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.part")
-    for name in ("nbs", "avss_nb"): shutil.copytree(ROOT/name, tmp_path/name, symlinks=True, ignore=ignore)
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff", "_quarto.yml"):
-        shutil.copy(ROOT/name, tmp_path/name)
+    for name in ("nbs", "avss_nb"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
+    for name in (
+        "settings.ini",
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "CITATION.cff",
+        "_quarto.yml",
+    ):
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     "Every notebook and module under a folder."
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix in (".py", ".ipynb") and "__pycache__" not in p.parts}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.suffix in (".py", ".ipynb") and "__pycache__" not in p.parts
+    }
 
 
 @pytest.mark.parametrize("command", ["nbdev_export", "nbdev_clean"])
@@ -65,33 +82,59 @@ def test_leaves_no_diff(copy, command):
 def test_readme_is_the_index_notebook():
     text, figures = _site.readme()
     remedy = "run `make readme`"
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == text, remedy
-    stored = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT/_site.IMAGES).glob("index-*")}
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, remedy
+    stored = {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT / _site.IMAGES).glob("index-*")}
     assert stored == figures, remedy
 
 
 @each_chapter
 def test_stored_outputs_are_fit_to_keep(chapter):
     problems = [f"{where(cell)} {problem}" for cell in code_cells(chapter) for problem in _run.output_problems(cell)]
-    problems += [f"{where(cell)} keeps its stderr" for cell in code_cells(chapter) if any(o.get("name") == "stderr" for o in cell.outputs)]
+    problems += [
+        f"{where(cell)} keeps its stderr"
+        for cell in code_cells(chapter)
+        if any(o.get("name") == "stderr" for o in cell.outputs)
+    ]
     assert not problems, "\n".join(problems)
 
 
 def shows_something(cell) -> bool:
     "Whether a cell surely has an output: it prints, or it ends in a value, or it opens a figure."
     body = statements(cell)
-    if not body: return False
+    if not body:
+        return False
     calls = [n.value.func for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
     prints = any(getattr(f, "id", "") in ("print", "display") for f in calls)
-    value = ast.Name | ast.Attribute | ast.Subscript | ast.Compare | ast.BinOp | ast.Tuple | ast.List | ast.Dict | ast.Constant
-    ends_in_value = isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, value) and not cell.source.rstrip().endswith(";")
-    draws = any(isinstance(n, ast.Call) and ast.unparse(n.func) in ("plt.subplots", "plt.figure") for s in body if not isinstance(s, ast.FunctionDef | ast.ClassDef) for n in ast.walk(s))
+    value = (
+        ast.Name
+        | ast.Attribute
+        | ast.Subscript
+        | ast.Compare
+        | ast.BinOp
+        | ast.Tuple
+        | ast.List
+        | ast.Dict
+        | ast.Constant
+    )
+    ends_in_value = (
+        isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, value) and not cell.source.rstrip().endswith(";")
+    )
+    draws = any(
+        isinstance(n, ast.Call) and ast.unparse(n.func) in ("plt.subplots", "plt.figure")
+        for s in body
+        if not isinstance(s, ast.FunctionDef | ast.ClassDef)
+        for n in ast.walk(s)
+    )
     return prints or ends_in_value or draws and "plt.close" not in cell.source
 
 
 @each_chapter
 def test_outputs_are_stored(chapter):
-    missing = [where(cell) for cell in code_cells(chapter) if not _run.is_skipped(cell) and shows_something(cell) and not cell.outputs]
+    missing = [
+        where(cell)
+        for cell in code_cells(chapter)
+        if not _run.is_skipped(cell) and shows_something(cell) and not cell.outputs
+    ]
     assert not missing, f"run `make run NBS={chapter.relative_to(ROOT)}`:\n" + "\n".join(missing)
 
 
@@ -100,59 +143,91 @@ def test_title_cell_is_what_the_site_shows(chapter):
     "nbdev makes the first cell the page's title and subtitle, and drops every other line of it."
     first = NBProcessor(chapter).nb.cells[0]
     lines = [line for line in first.source.splitlines() if line.strip()]
-    assert first.cell_type == "markdown" and len(lines) == 2 and lines[0].startswith("# ") and lines[1].startswith("> "), first.source
+    assert (
+        first.cell_type == "markdown" and len(lines) == 2 and lines[0].startswith("# ") and lines[1].startswith("> ")
+    ), first.source
 
 
 @each_chapter
 def test_imports_stand_alone(chapter):
     "To document functions the site runs every cell that imports; one that shows something would show it anew, from another run."
-    mixed = [where(cell) for cell in code_cells(chapter) if cell.outputs and any(isinstance(n, ast.Import | ast.ImportFrom) for s in statements(cell) for n in ast.walk(s))]
+    mixed = [
+        where(cell)
+        for cell in code_cells(chapter)
+        if cell.outputs
+        and any(isinstance(n, ast.Import | ast.ImportFrom) for s in statements(cell) for n in ast.walk(s))
+    ]
     assert not mixed, "\n".join(mixed)
 
 
 def module_of(chapter: Path) -> str | None:
     "The module that a chapter writes."
-    return next((cell.directives_["default_exp"][0] for cell in code_cells(chapter) if "default_exp" in (cell.directives_ or {})), None)
+    return next(
+        (
+            cell.directives_["default_exp"][0]
+            for cell in code_cells(chapter)
+            if "default_exp" in (cell.directives_ or {})
+        ),
+        None,
+    )
 
 
 def imported_modules(cell) -> set[str]:
     "The modules of this package that a cell imports."
     nodes = [n for s in statements(cell) for n in ast.walk(s)]
     names = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level]
-    names += [f"avss_nb.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "avss_nb" for a in n.names]
+    names += [
+        f"avss_nb.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "avss_nb" for a in n.names
+    ]
     names += [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     return {name.split(".")[1] for name in names if name.startswith("avss_nb.")}
 
 
 @each_chapter
 def test_chapter_imports_from_chapters_above(chapter):
-    if chapter.name == "index.ipynb": return   # the index shows all of it
+    if chapter.name == "index.ipynb":
+        return  # the index shows all of it
     allowed = {module_of(c) for c in CHAPTERS if c.name <= chapter.name and c.name != "index.ipynb"}
-    wrong = [f"{where(cell)} imports {sorted(late)}" for cell in code_cells(chapter) if (late := imported_modules(cell) - allowed)]
+    wrong = [
+        f"{where(cell)} imports {sorted(late)}"
+        for cell in code_cells(chapter)
+        if (late := imported_modules(cell) - allowed)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 def test_modules_are_exported_from_chapters():
-    modules = {p.stem for p in (ROOT/"avss_nb").glob("*.py") if not p.stem.startswith("_")}
+    modules = {p.stem for p in (ROOT / "avss_nb").glob("*.py") if not p.stem.startswith("_")}
     assert modules == {module_of(c) for c in CHAPTERS} - {None}
 
 
 def test_site_lists_every_chapter_in_order():
-    def pages(contents): return [page for item in contents for page in (pages(item["contents"]) if isinstance(item, dict) else [item])]
-    config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
+    def pages(contents):
+        return [page for item in contents for page in (pages(item["contents"]) if isinstance(item, dict) else [item])]
+
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     assert pages(config["website"]["sidebar"]["contents"]) == [c.name for c in CHAPTERS]
-    assert (NBS/"_quarto.yml").is_symlink() and (NBS/"_quarto.yml").resolve() == ROOT/"_quarto.yml"
+    assert (NBS / "_quarto.yml").is_symlink() and (NBS / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
 
 
 def test_gallery_shows_figures_as_they_stand():
-    images = lambda chapter: [o["data"]["image/png"].strip() for cell in code_cells(chapter) for o in cell.outputs if "image/png" in o.get("data", {})]
+    images = lambda chapter: [
+        o["data"]["image/png"].strip()
+        for cell in code_cells(chapter)
+        for o in cell.outputs
+        if "image/png" in o.get("data", {})
+    ]
     stored = {image for chapter in CHAPTERS if chapter.stem != "41_gallery" for image in images(chapter)}
-    shown = images(NBS/"41_gallery.ipynb")
+    shown = images(NBS / "41_gallery.ipynb")
     assert len(shown) == 10 and stored.issuperset(shown), "run `make run NBS=nbs/41_gallery.ipynb`"
 
 
 def test_pins_agree_with_settings():
-    lines = [Requirement(line) for line in (ROOT/"constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        Requirement(line)
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     pins = {canonicalize_name(r.name): next(iter(r.specifier)) for r in lines}
     assert all(pin.operator == "==" for pin in pins.values())
     for line in (settings["requirements"] + settings["dev_requirements"]).split():

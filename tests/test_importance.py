@@ -1,4 +1,5 @@
 """Every score on tiny random models of 21 families, and the truth by reuse beside the truth by deletion."""
+
 from itertools import permutations
 
 import numpy as np
@@ -15,7 +16,9 @@ from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny, without
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
 ENCODERS = ["bert", "distilbert", "t5"]
-NO_HALVES = dict(bert="BertLayer is no sum", distilbert="TransformerBlock is no sum", mamba="no 'attention' found in MambaBlock")
+NO_HALVES = dict(
+    bert="BertLayer is no sum", distilbert="TransformerBlock is no sum", mamba="no 'attention' found in MambaBlock"
+)
 each_family = pytest.mark.parametrize("family", ALL)
 LABELS = [0, 1, 1, 0, 1]
 
@@ -40,7 +43,17 @@ def mean_loss(model, loss) -> float:
 @each_family
 def test_every_score_is_finite_and_has_a_row_for_each_layer(family):
     model = tiny(family)
-    scores = layer_scores(model, texts(), [*FROM_STATS, "magnitude", "position", "random", *(["taylor", "leave_one_out", "sleb", "shapley"] if family not in ENCODERS else [])])
+    scores = layer_scores(
+        model,
+        texts(),
+        [
+            *FROM_STATS,
+            "magnitude",
+            "position",
+            "random",
+            *(["taylor", "leave_one_out", "sleb", "shapley"] if family not in ENCODERS else []),
+        ],
+    )
     assert scores.index.tolist() == list(range(5)) and np.isfinite(scores.drop(columns="avss_authors")).all(axis=None)
     np.testing.assert_array_equal(scores.avss, avss(collect_stats(model, texts())))
 
@@ -50,7 +63,8 @@ def test_halves_of_blocks(family):
     "Scored, or refused by name."
     model, methods = tiny(family), ["avss", "variance", "block_influence", "magnitude"]
     if family in NO_HALVES:
-        with pytest.raises(ValueError, match=NO_HALVES[family]): layer_scores(model, texts(), methods, halves(model))
+        with pytest.raises(ValueError, match=NO_HALVES[family]):
+            layer_scores(model, texts(), methods, halves(model))
         return
     scores = layer_scores(model, texts(), methods, halves(model))
     assert scores.index.tolist() == halves(model) and (scores > 0).all(axis=None)
@@ -64,28 +78,34 @@ def test_halves_of_blocks(family):
 def test_leave_one_out_by_reuse_equals_deletion(family, side):
     model = tiny(family)
     loss = loss_of(family, model)
+
     def mean(m):
         found = [loss(m, b) for b in texts(side)]
         return sum(nll.sum().item() for nll, _ in found) / sum(n.sum().item() for _, n in found)
+
     wanted = [mean(without(model, [i])) - mean(model) for i in range(5)]
     np.testing.assert_allclose(leave_one_out(model, texts(side), loss=loss), wanted, rtol=1e-5, atol=2e-6)
-    assert abs(np.array(wanted)).max() > .01
+    assert abs(np.array(wanted)).max() > 0.01
 
 
 @each_family
 def test_leave_one_out_of_halves_equals_skipping(family):
     model = tiny(family)
     if family == "mamba":
-        with pytest.raises(ValueError, match="no 'attention' found in MambaBlock"): leave_one_out(model, texts(), halves(model))
+        with pytest.raises(ValueError, match="no 'attention' found in MambaBlock"):
+            leave_one_out(model, texts(), halves(model))
         return
     loss = loss_of(family, model)
     found = leave_one_out(model, texts(), halves(model), loss)
     for unit in halves(model):
-        with skip_layers(model, [unit]): wanted = mean_loss(model, loss)
+        with skip_layers(model, [unit]):
+            wanted = mean_loss(model, loss)
         np.testing.assert_allclose(found[unit], wanted - mean_loss(model, loss), rtol=1e-6, atol=1e-9)
-    with skip_layers(model, ["attention.2", "mlp.2"]): both = mean_loss(model, loss)
-    if family not in ("bert", "distilbert"):   # whose norms stay
-        with skip_layers(model, [2]): np.testing.assert_allclose(both, mean_loss(model, loss), rtol=1e-5)
+    with skip_layers(model, ["attention.2", "mlp.2"]):
+        both = mean_loss(model, loss)
+    if family not in ("bert", "distilbert"):  # whose norms stay
+        with skip_layers(model, [2]):
+            np.testing.assert_allclose(both, mean_loss(model, loss), rtol=1e-5)
 
 
 @each_family
@@ -93,8 +113,11 @@ def test_greedy_removal_equals_the_plain_way(family):
     model = tiny(family)
     loss, gone = loss_of(family, model), []
     for _ in range(3):
+
         def cost(i):
-            with skip_layers(model, [*gone, i]): return mean_loss(model, loss)
+            with skip_layers(model, [*gone, i]):
+                return mean_loss(model, loss)
+
         gone.append(min((i for i in range(5) if i not in gone), key=cost))
     assert sleb(model, texts(), 3, loss=loss, race=None) == gone
 
@@ -102,19 +125,21 @@ def test_greedy_removal_equals_the_plain_way(family):
 def test_a_race_drops_only_those_clearly_behind():
     "With a wide margin nobody drops out; with a narrow one fewer passes run, and those that cost least still go first."
     model, some, runs = tiny("llama"), [batch_of(9, 9, 9, 9, seed=i) for i in range(6)], []
+
     def loss(model, batch):
         "Each missing layer costs its own price, give or take what depends on the text."
         runs.append(1)
         gone = [i for i, block in enumerate(blocks(model)) if isinstance(block, PassThrough) and block.hidden is None]
         noise = torch.rand(4, 5, generator=torch.Generator().manual_seed(int(batch["input_ids"].sum())))
-        return sum(torch.tensor([5., 1., 3., .8, 4.])[i] + noise[:, i] for i in gone).double(), torch.ones(4)
+        return sum(torch.tensor([5.0, 1.0, 3.0, 0.8, 4.0])[i] + noise[:, i] for i in gone).double(), torch.ones(4)
+
     counts, orders = {}, {}
-    for race in (None, 1e9, 3., 0.):
+    for race in (None, 1e9, 3.0, 0.0):
         runs.clear()
         orders[race] = sleb(model, some, 2, race=race, loss=loss)
         counts[race] = len(runs)
-    assert counts[None] == counts[1e9] == 6 * (5 + 4) and counts[0.] <= counts[3.] < counts[None] / 2
-    assert orders[None] == orders[1e9] == orders[3.] == [3, 1]
+    assert counts[None] == counts[1e9] == 6 * (5 + 4) and counts[0.0] <= counts[3.0] < counts[None] / 2
+    assert orders[None] == orders[1e9] == orders[3.0] == [3, 1]
 
 
 @each_family
@@ -122,7 +147,8 @@ def test_shapley_values_add_up(family):
     model = tiny(family)
     loss = loss_of(family, model)
     found = shapley(model, texts(), loss=loss, worst=np.inf)
-    with skip_layers(model, range(5), every=True): none = mean_loss(model, loss)
+    with skip_layers(model, range(5), every=True):
+        none = mean_loss(model, loss)
     np.testing.assert_allclose(found.shapley.sum(), none - mean_loss(model, loss), atol=1e-6)
     assert (found.se == 0).all()
 
@@ -132,9 +158,16 @@ def test_shapley_values_by_all_orders(family):
     model, value = tiny(family), {}
     for size in range(6):
         for order in permutations(range(5), size):
-            if frozenset(order) in value: continue
-            with skip_layers(model, [i for i in range(5) if i not in order], every=True): value[frozenset(order)] = -mean_loss(model, row_losses)
-    wanted = [np.mean([value[frozenset(o[:o.index(i) + 1])] - value[frozenset(o[:o.index(i)])] for o in permutations(range(5))]) for i in range(5)]
+            if frozenset(order) in value:
+                continue
+            with skip_layers(model, [i for i in range(5) if i not in order], every=True):
+                value[frozenset(order)] = -mean_loss(model, row_losses)
+    wanted = [
+        np.mean(
+            [value[frozenset(o[: o.index(i) + 1])] - value[frozenset(o[: o.index(i)])] for o in permutations(range(5))]
+        )
+        for i in range(5)
+    ]
     np.testing.assert_allclose(shapley(model, texts(), worst=np.inf).shapley, wanted, rtol=1e-5, atol=1e-6)
     sampled = shapley(model, texts(), worst=np.inf, n_pairs=60, tolerance=0)
     assert (abs(sampled.shapley - wanted) <= 3 * sampled.se).all() and (sampled.se > 0).all()
@@ -145,14 +178,17 @@ def test_shapley_of_halves_and_of_a_few_units():
     model = tiny("llama")
     units = halves(model)[:4]
     found = shapley(model, texts(), units, worst=np.inf)
-    with skip_layers(model, units): without_them = mean_loss(model, row_losses)
+    with skip_layers(model, units):
+        without_them = mean_loss(model, row_losses)
     np.testing.assert_allclose(found.shapley.sum(), without_them - mean_loss(model, row_losses), atol=1e-6)
     assert found.index.tolist() == units
 
 
 def test_a_truncated_walk_still_adds_up():
-    found = shapley(tiny("llama"), texts(), n_pairs=3, tolerance=.5, worst=np.inf)
-    np.testing.assert_allclose(found.shapley.sum(), shapley(tiny("llama"), texts(), worst=np.inf).shapley.sum(), atol=1e-6)
+    found = shapley(tiny("llama"), texts(), n_pairs=3, tolerance=0.5, worst=np.inf)
+    np.testing.assert_allclose(
+        found.shapley.sum(), shapley(tiny("llama"), texts(), worst=np.inf).shapley.sum(), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3"])
@@ -161,29 +197,40 @@ def test_taylor_against_finite_differences(family):
     model = tiny(family).double()
     loss = LinearProbe(model, texts(), LABELS).losses if family == "bert" else row_losses
     found = taylor(model, texts(), loss=loss)
-    block, wanted, h = blocks(model)[2], 0., 1e-3
+    block, wanted, h = blocks(model)[2], 0.0, 1e-3
     small = [p for p in block.parameters() if p.dim() == 1]
     for weight in small:
         for i, w in enumerate(weight.tolist()):
             sides = []
             for moved in (w + h, w - h):
-                with torch.no_grad(): weight[i] = moved
+                with torch.no_grad():
+                    weight[i] = moved
                 sides.append(mean_loss(model, loss))
-            with torch.no_grad(): weight[i] = w
+            with torch.no_grad():
+                weight[i] = w
             wanted += abs(w * (sides[0] - sides[1]) / (2 * h))
-    for p in model.parameters(): p.requires_grad_(any(p is s for s in small))
+    for p in model.parameters():
+        p.requires_grad_(any(p is s for s in small))
     nll, n = zip(*(loss(model, batch, grad=True) for batch in texts()))
     (sum(x.sum() for x in nll) / sum(int(x.sum()) for x in n)).backward()
     np.testing.assert_allclose(sum((p * p.grad).abs().sum().item() for p in small), wanted, rtol=2e-3)
     before = [p.requires_grad for p in model.parameters()]
     kept = [p.grad for p in model.parameters()]
     again = taylor(model, texts(), loss=loss)
-    assert [p.requires_grad for p in model.parameters()] == before and all(a is p.grad for a, p in zip(kept, model.parameters()))
+    assert [p.requires_grad for p in model.parameters()] == before and all(
+        a is p.grad for a, p in zip(kept, model.parameters())
+    )
     np.testing.assert_allclose(again, found, rtol=1e-6)
-    for p in model.parameters(): p.requires_grad_(True); p.grad = None
+    for p in model.parameters():
+        p.requires_grad_(True)
+        p.grad = None
     nll, n = zip(*(loss(model, batch, grad=True) for batch in texts()))
     (sum(x.sum() for x in nll) / sum(int(x.sum()) for x in n)).backward()
-    np.testing.assert_allclose(found, [sum((p * p.grad).abs().sum().item() for p in b.parameters() if p.grad is not None) for b in blocks(model)], rtol=1e-4)
+    np.testing.assert_allclose(
+        found,
+        [sum((p * p.grad).abs().sum().item() for p in b.parameters() if p.grad is not None) for b in blocks(model)],
+        rtol=1e-4,
+    )
 
 
 @each_family
@@ -193,57 +240,92 @@ def test_angular_distance_is_the_angle_at_the_last_counted_token(family):
     angles = []
     for batch in some:
         states = {}
-        with read_activations(model, ["input"], lambda layer, point, a: states.update({layer: a})): run_blocks(model, batch)
+        with read_activations(model, ["input"], lambda layer, point, a: states.update({layer: a})):
+            run_blocks(model, batch)
         for row, counted in enumerate(batch["count_mask"]):
             x = torch.stack([states[i][row, counted.nonzero().max()].double() for i in range(5)])
-            angles.append([[torch.arccos(torch.cosine_similarity(x[i], x[i + n], dim=0)).item() / np.pi for i in range(5 - n)] for n in (1, 3)])
+            angles.append(
+                [
+                    [torch.arccos(torch.cosine_similarity(x[i], x[i + n], dim=0)).item() / np.pi for i in range(5 - n)]
+                    for n in (1, 3)
+                ]
+            )
     for n, wanted in zip((1, 3), zip(*angles)):
-        np.testing.assert_allclose(angular_distance(model, some, n=n)[:5 - n], np.mean(wanted, axis=0), atol=1e-4)
+        np.testing.assert_allclose(angular_distance(model, some, n=n)[: 5 - n], np.mean(wanted, axis=0), atol=1e-4)
 
 
 def test_scores_do_not_depend_on_batching():
     model, methods = tiny("llama"), [*FROM_STATS, "taylor", "leave_one_out", "shapley"]
-    alone = [{k: v[i:i + 1] for k, v in batch.items()} for batch in texts() for i in range(len(batch["index"]))]
-    for b in alone: b.update({k: v[:, :int(b["count_mask"].sum())] for k, v in b.items() if v.dim() == 2})
-    np.testing.assert_allclose(layer_scores(model, alone, methods), layer_scores(model, texts("left"), methods), rtol=1e-4)
+    alone = [{k: v[i : i + 1] for k, v in batch.items()} for batch in texts() for i in range(len(batch["index"]))]
+    for b in alone:
+        b.update({k: v[:, : int(b["count_mask"].sum())] for k, v in b.items() if v.dim() == 2})
+    np.testing.assert_allclose(
+        layer_scores(model, alone, methods), layer_scores(model, texts("left"), methods), rtol=1e-4
+    )
 
 
 def test_a_model_without_some_units_is_left_as_it_was():
     model = tiny("llama").train()
     before = [*blocks(model)]
-    for run in (lambda: leave_one_out(model, texts(), halves(model)), lambda: sleb(model, texts(), 2), lambda: shapley(model, texts(), worst=np.inf), lambda: taylor(model, texts())): run()
+    for run in (
+        lambda: leave_one_out(model, texts(), halves(model)),
+        lambda: sleb(model, texts(), 2),
+        lambda: shapley(model, texts(), worst=np.inf),
+        lambda: taylor(model, texts()),
+    ):
+        run()
     assert all(a is b for a, b in zip(before, blocks(model))) and model.training
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()) and all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()) and all(
+        p.grad is None and p.requires_grad for p in model.parameters()
+    )
 
 
-@pytest.mark.parametrize("run, message", [
-    (lambda m: layer_scores(m, texts(), ["sleb"], units=["attn.1"]), "not 'attn.1'"),
-    (lambda m: layer_scores(m, texts(), units=[0, 0]), "layer 0 is named twice"),
-    (lambda m: layer_scores(m, texts(), units=["mlp.7"]), "there is no layer 7"),
-    (lambda m: angular_distance(m, texts(), n=6), "between 1 and the number of layers 5, not 6"),
-    (lambda m: angular_distance(m, []), "batches are empty"), (lambda m: shapley(m, []), "batches are empty"), (lambda m: taylor(m, []), "batches are empty"),
-    (lambda m: sleb(m, texts(), 5), "between 1 and 4, not 5"), (lambda m: sleb(m, [], 2), "batches are empty"), (lambda m: shapley(m, texts(), n_pairs=1), "two pairs"),
-    (lambda m: skip_layers(m, [2.5]), "not 2.5")])
+@pytest.mark.parametrize(
+    "run, message",
+    [
+        (lambda m: layer_scores(m, texts(), ["sleb"], units=["attn.1"]), "not 'attn.1'"),
+        (lambda m: layer_scores(m, texts(), units=[0, 0]), "layer 0 is named twice"),
+        (lambda m: layer_scores(m, texts(), units=["mlp.7"]), "there is no layer 7"),
+        (lambda m: angular_distance(m, texts(), n=6), "between 1 and the number of layers 5, not 6"),
+        (lambda m: angular_distance(m, []), "batches are empty"),
+        (lambda m: shapley(m, []), "batches are empty"),
+        (lambda m: taylor(m, []), "batches are empty"),
+        (lambda m: sleb(m, texts(), 5), "between 1 and 4, not 5"),
+        (lambda m: sleb(m, [], 2), "batches are empty"),
+        (lambda m: shapley(m, texts(), n_pairs=1), "two pairs"),
+        (lambda m: skip_layers(m, [2.5]), "not 2.5"),
+    ],
+)
 def test_bad_input_is_named(run, message):
-    with pytest.raises(ValueError, match=message): run(tiny("llama"))
+    with pytest.raises(ValueError, match=message):
+        run(tiny("llama"))
 
 
-@pytest.mark.parametrize("score", [taylor, lambda m, b: sleb(m, b, 2), shapley, leave_one_out, lambda m, b: layer_scores(m, b, [*FROM_STATS])], ids=["taylor", "sleb", "shapley", "leave_one_out", "statistics"])
+@pytest.mark.parametrize(
+    "score",
+    [taylor, lambda m, b: sleb(m, b, 2), shapley, leave_one_out, lambda m, b: layer_scores(m, b, [*FROM_STATS])],
+    ids=["taylor", "sleb", "shapley", "leave_one_out", "statistics"],
+)
 def test_a_layer_that_is_not_finite_is_never_ranked(score):
     model = tiny("llama")
-    for weight in blocks(model)[3].mlp.parameters(): weight.data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError): score(model, texts())
+    for weight in blocks(model)[3].mlp.parameters():
+        weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError):
+        score(model, texts())
 
 
 def test_shapley_counts_nothing_worse_than_guessing():
     "By default a team that is worse than guessing among all 99 tokens counts as guessing."
     model = tiny("llama")
+
     def value(units):
-        with skip_layers(model, units, every=True): return -min(mean_loss(model, row_losses), np.log(99))
+        with skip_layers(model, units, every=True):
+            return -min(mean_loss(model, row_losses), np.log(99))
+
     bounded, free = shapley(model, texts()), shapley(model, texts(), worst=np.inf)
     np.testing.assert_allclose(bounded.shapley.sum(), value([]) - value(range(5)), atol=1e-6)
-    assert abs(bounded.shapley.sum() - free.shapley.sum()) > .01
-    assert (shapley(model, texts(), worst=1.).shapley == 0).all()
+    assert abs(bounded.shapley.sum() - free.shapley.sum()) > 0.01
+    assert (shapley(model, texts(), worst=1.0).shapley == 0).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma3_text", "falcon", "bloom"])
@@ -251,22 +333,43 @@ def test_halves_turn_the_stream_by_hand(family):
     "The stream before and after each half, from the block's input and the half's own contribution; here the block runs with the half alone."
     model, some = tiny(family), texts()
     x, y, lone = {}, {}, {}
-    with read_activations(model, ["input", "output"], lambda layer, point, a: (x if point == "input" else y).setdefault(layer, []).append(a)):
-        for batch in some: run_blocks(model, batch)
+    with read_activations(
+        model,
+        ["input", "output"],
+        lambda layer, point, a: (x if point == "input" else y).setdefault(layer, []).append(a),
+    ):
+        for batch in some:
+            run_blocks(model, batch)
     found = layer_scores(model, some, ["block_influence", "variance"], halves(model))
     for layer in range(5):
-        with skip_layers(model, [f"mlp.{layer}"]), read_activations(model, ["output"], lambda i, point, a: lone.setdefault(i, []).append(a)):
+        with (
+            skip_layers(model, [f"mlp.{layer}"]),
+            read_activations(model, ["output"], lambda i, point, a: lone.setdefault(i, []).append(a)),
+        ):
             lone.clear()
-            for batch in some: run_blocks(model, batch)
-        for unit, pairs in ((f"attention.{layer}", zip(x[layer], lone[layer])), (f"mlp.{layer}", zip(lone[layer], y[layer]))):
-            a, b = (torch.cat([t[batch["count_mask"]] for t, batch in zip(side, some)]).double() for side in zip(*pairs))
-            assert found.block_influence[unit] == pytest.approx((1 - torch.cosine_similarity(a, b, dim=-1)).mean().item(), abs=1e-5)
+            for batch in some:
+                run_blocks(model, batch)
+        for unit, pairs in (
+            (f"attention.{layer}", zip(x[layer], lone[layer])),
+            (f"mlp.{layer}", zip(lone[layer], y[layer])),
+        ):
+            a, b = (
+                torch.cat([t[batch["count_mask"]] for t, batch in zip(side, some)]).double() for side in zip(*pairs)
+            )
+            assert found.block_influence[unit] == pytest.approx(
+                (1 - torch.cosine_similarity(a, b, dim=-1)).mean().item(), abs=1e-5
+            )
             relative = (b - a) / a.square().mean(-1, keepdim=True).sqrt()
             assert found.variance[unit] == pytest.approx(relative.var(correction=0).item(), rel=1e-3)
 
 
 def test_a_reader_that_was_there_before_sees_the_half_as_zero():
     model, seen = tiny("llama"), {}
-    with read_activations(model, ["attention", "mlp"], lambda layer, point, a: seen.update({f"{point}.{layer}": a.abs().max().item()})), skip_layers(model, ["attention.1", "mlp.3"]):
+    with (
+        read_activations(
+            model, ["attention", "mlp"], lambda layer, point, a: seen.update({f"{point}.{layer}": a.abs().max().item()})
+        ),
+        skip_layers(model, ["attention.1", "mlp.3"]),
+    ):
         run_blocks(model, texts()[0])
     assert [unit for unit in halves(model) if seen[unit] == 0] == ["attention.1", "mlp.3"]

@@ -1,4 +1,5 @@
 """Answers that are the same in any batch, prompts with one first token, labels by rules and judges, and what is kept of a killed run."""
+
 import json
 import os
 import re
@@ -18,14 +19,32 @@ from transformers import AutoModelForSequenceClassification, BertConfig, PreTrai
 
 import avss_nb.labeling as labeling
 from avss_nb.data import load_questions
-from avss_nb.labeling import (ANSWER, LABELS, REFUSALS, RULES, STYLES, build_prompts, exact_match, generate_answers, label_answers, label_counts, nli_judge,
-                              normalize_answer, rouge_l, rule_agreement, rule_disagreements, rule_quality, token_f1, similarity_judge)
+from avss_nb.labeling import (
+    ANSWER,
+    LABELS,
+    REFUSALS,
+    RULES,
+    STYLES,
+    build_prompts,
+    exact_match,
+    generate_answers,
+    label_answers,
+    label_counts,
+    nli_judge,
+    normalize_answer,
+    rouge_l,
+    rule_agreement,
+    rule_disagreements,
+    rule_quality,
+    token_f1,
+    similarity_judge,
+)
 from avss_nb.models import load_model
 from avss_nb.pruning import skip_layers
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
-TOKENS = ["<unk>", "<pad>", "</s>", "<s>", "\n", *map(chr, range(32, 126))]           # a token a letter
+TOKENS = ["<unk>", "<pad>", "</s>", "<s>", "\n", *map(chr, range(32, 126))]  # a token a letter
 BOS, EOS = 3, 2
 CHAT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[a]"
 
@@ -37,20 +56,28 @@ def letters(adds=(), template=None):
     core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
     if adds:
         shape = "<s> $A" * ("<s>" in adds) or "$A"
-        core.post_processor = processors.TemplateProcessing(single=shape + " </s>" * ("</s>" in adds), special_tokens=[("<s>", BOS), ("</s>", EOS)])
-    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+        core.post_processor = processors.TemplateProcessing(
+            single=shape + " </s>" * ("</s>" in adds), special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
     made.chat_template = template
     return made
 
 
 def questions(*texts, golds=("x",), distractors=("y",)):
-    return [dict(id=f"q{i}", question=t, answers=list(golds), distractors=list(distractors), source="made") for i, t in enumerate(texts)]
+    return [
+        dict(id=f"q{i}", question=t, answers=list(golds), distractors=list(distractors), source="made")
+        for i, t in enumerate(texts)
+    ]
 
 
 ASKED = questions("Who?", "Where was it, and when?", "Why not?", "How long is a piece of string?", "What?")
 
 
 # ---- generation
+
 
 @pytest.mark.parametrize("skipped", [[], [0, 3]], ids=str)
 @pytest.mark.parametrize("family", CAUSAL)
@@ -62,15 +89,24 @@ def test_batched_is_unbatched(family, skipped):
         alone = generate_answers(model, tokenizer, ASKED, batch_size=1, **options)
         for batch_size in (4, 32):
             together = generate_answers(model, tokenizer, ASKED, batch_size=batch_size, **options)
-            for name in ("answer", "answer_tokens", "prompt_tokens", "sample", "id"): assert together[name][:] == alone[name][:], name
+            for name in ("answer", "answer_tokens", "prompt_tokens", "sample", "id"):
+                assert together[name][:] == alone[name][:], name
         for row in alone:
             n, ids = len(row["answer_tokens"]), torch.tensor([row["prompt_tokens"] + row["answer_tokens"]])
-            if not n: continue
-            with torch.no_grad(): logp = model(ids).logits[0, -n - 1:-1].log_softmax(-1)
+            if not n:
+                continue
+            with torch.no_grad():
+                logp = model(ids).logits[0, -n - 1 : -1].log_softmax(-1)
             assert row["logprobs"] == pytest.approx(logp[torch.arange(n), ids[0, -n:]].tolist(), abs=2e-4)
             assert row["entropies"] == pytest.approx((-logp.exp() * logp).sum(-1).tolist(), abs=2e-4)
             if row["sample"] == 0 and not skipped:
-                told = model.generate(ids[:, :-n], attention_mask=torch.ones_like(ids[:, :-n]), max_new_tokens=n, do_sample=False, pad_token_id=1)
+                told = model.generate(
+                    ids[:, :-n],
+                    attention_mask=torch.ones_like(ids[:, :-n]),
+                    max_new_tokens=n,
+                    do_sample=False,
+                    pad_token_id=1,
+                )
                 assert told[0, -n:].tolist() == row["answer_tokens"]
     assert together.features == ANSWER and sum(map(len, alone["answer_tokens"])) > 40
 
@@ -78,74 +114,116 @@ def test_batched_is_unbatched(family, skipped):
 def test_left_padding_without_position_ids():
     "GPT-2, one pad on the left: what the model is given, and what it says."
     model, tokenizer, seen = tiny("gpt2", bos_token_id=BOS, eos_token_id=EOS), letters(), []
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append({k: kwargs[k].tolist() for k in ("attention_mask", "position_ids")}), with_kwargs=True)
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append({k: kwargs[k].tolist() for k in ("attention_mask", "position_ids")}),
+        with_kwargs=True,
+    )
     two = questions("Who", "When")
     both = generate_answers(model, tokenizer, two, max_new_tokens=3, template="{question}")
     handle.remove()
     assert seen[0] == dict(attention_mask=[[1, 1, 1, 1], [0, 1, 1, 1]], position_ids=[[0, 1, 2, 3], [0, 0, 1, 2]])
     assert seen[1] == dict(attention_mask=[[1] * 5, [0, *[1] * 4]], position_ids=[[4], [3]])
-    for i, question in enumerate(two): assert generate_answers(model, tokenizer, [question], max_new_tokens=3, template="{question}")[0]["answer_tokens"] == both[i]["answer_tokens"]
+    for i, question in enumerate(two):
+        assert (
+            generate_answers(model, tokenizer, [question], max_new_tokens=3, template="{question}")[0]["answer_tokens"]
+            == both[i]["answer_tokens"]
+        )
 
 
 def test_a_prompt_is_read_once_and_who_has_ended_leaves(monkeypatch):
     model, shapes = tiny("llama"), []
     script(monkeypatch, {"q0": "ab\n", "q1": "abcdef"})
     inner = labeling._next
-    monkeypatch.setattr(labeling, "_next", lambda model, ids, *rest: (shapes.append(tuple(ids.shape)), inner(model, ids, *rest))[1])
+    monkeypatch.setattr(
+        labeling, "_next", lambda model, ids, *rest: (shapes.append(tuple(ids.shape)), inner(model, ids, *rest))[1]
+    )
     generate_answers(model, letters(), questions("q0", "q1"), n_samples=1, max_new_tokens=6, template="{question}")
     assert [rows for rows, _ in shapes] == [2, 4, 4, 2, 2, 2]
 
 
 def test_samples_depend_on_seed_question_and_number_alone():
     model, tokenizer = tiny("llama"), letters()
-    drawn = lambda asked, **options: {(r["id"], r["sample"]): r["answer_tokens"] for r in generate_answers(model, tokenizer, asked, **(dict(n_samples=3, max_new_tokens=9, temperature=2.) | options))}
+    drawn = lambda asked, **options: {
+        (r["id"], r["sample"]): r["answer_tokens"]
+        for r in generate_answers(
+            model, tokenizer, asked, **(dict(n_samples=3, max_new_tokens=9, temperature=2.0) | options)
+        )
+    }
     all_of_them = drawn(ASKED)
     assert drawn(ASKED[::-1]) == all_of_them and drawn(ASKED, batch_size=1) == all_of_them
-    assert drawn(ASKED[1:3], n_samples=2).items() <= all_of_them.items()                   # fewer questions, fewer samples
+    assert drawn(ASKED[1:3], n_samples=2).items() <= all_of_them.items()  # fewer questions, fewer samples
     other = drawn(ASKED, seed=1)
     assert all(other[key] == all_of_them[key] for key in other if key[1] == 0)
     assert sum(other[key] != all_of_them[key] for key in other if key[1]) >= 13
-    assert len({tuple(tokens) for tokens in all_of_them.values()}) >= 18                  # samples differ among themselves
+    assert len({tuple(tokens) for tokens in all_of_them.values()}) >= 18  # samples differ among themselves
     assert all(all_of_them[key][:4] == tokens[:4] for key, tokens in drawn(ASKED, max_new_tokens=4).items())
 
 
-def script(monkeypatch, answers: dict, sharp: float = 50.):
+def script(monkeypatch, answers: dict, sharp: float = 50.0):
     "Let the model say, behind a prompt that ends in a key, what stands there."
     tokenizer = letters()
+
     def say(model, ids, mask, past=None):
         logits = torch.zeros(len(ids), VOCABULARY)
         for row, (tokens, kept) in enumerate(zip(ids, mask)):
             text = tokenizer.decode(tokens[kept.bool()])
             key = next(k for k in answers if k in text)
             said = text.rpartition(key)[2].removeprefix("\nAnswer:").removeprefix("[a]")
-            rest = tokenizer(answers[key] + "</s>").input_ids[len(said):]
+            rest = tokenizer(answers[key] + "</s>").input_ids[len(said) :]
             logits[row, rest[0]] = sharp
         return logits.log_softmax(-1), None
+
     monkeypatch.setattr(labeling, "_next", say)
 
 
-@pytest.mark.parametrize("said, answer, before", [
-    (" J. K. Rowling\nQuestion: Who?", "J. K. Rowling", " "), ("Washington, D.C.", "Washington, D.C.", ""), ("\n\nLima\nLima", "Lima", "\n\n"), (" \n Lima ", "Lima", " \n "),
-    ("", "", ""), ("\n\n", "", ""), ("\n\nQuestion: What", "", ""), ("Lima Question: What", "Lima", ""), ("a" * 40, "a" * 32, ""), ("\n" * 40, "", "")])
+@pytest.mark.parametrize(
+    "said, answer, before",
+    [
+        (" J. K. Rowling\nQuestion: Who?", "J. K. Rowling", " "),
+        ("Washington, D.C.", "Washington, D.C.", ""),
+        ("\n\nLima\nLima", "Lima", "\n\n"),
+        (" \n Lima ", "Lima", " \n "),
+        ("", "", ""),
+        ("\n\n", "", ""),
+        ("\n\nQuestion: What", "", ""),
+        ("Lima Question: What", "Lima", ""),
+        ("a" * 40, "a" * 32, ""),
+        ("\n" * 40, "", ""),
+    ],
+)
 def test_where_an_answer_ends(monkeypatch, said, answer, before):
     script(monkeypatch, {"ZZ": said})
     tokenizer = letters()
-    row, = generate_answers(tiny("llama"), tokenizer, questions("ZZ"))
+    (row,) = generate_answers(tiny("llama"), tokenizer, questions("ZZ"))
     assert row["answer"] == answer and row["prompt"] == "Question: ZZ\nAnswer:" + before
-    assert tokenizer.decode(row["prompt_tokens"]) == row["prompt"] and tokenizer.decode(row["answer_tokens"]).strip() == answer
-    assert len(row["answer_tokens"]) == len(row["logprobs"]) == len(row["entropies"]) and EOS not in row["answer_tokens"]
-    assert tokenizer.decode(row["prompt_tokens"] + row["answer_tokens"]) == f"Question: ZZ\nAnswer:{said}"[:len(row["prompt"]) + len(row["answer_tokens"])]   # nothing lost or doubled
+    assert (
+        tokenizer.decode(row["prompt_tokens"]) == row["prompt"]
+        and tokenizer.decode(row["answer_tokens"]).strip() == answer
+    )
+    assert (
+        len(row["answer_tokens"]) == len(row["logprobs"]) == len(row["entropies"]) and EOS not in row["answer_tokens"]
+    )
+    assert (
+        tokenizer.decode(row["prompt_tokens"] + row["answer_tokens"])
+        == f"Question: ZZ\nAnswer:{said}"[: len(row["prompt"]) + len(row["answer_tokens"])]
+    )  # nothing lost or doubled
 
 
 def test_stops_are_the_callers(monkeypatch):
     script(monkeypatch, {"ZZ": "one. two\nthree"})
     asked = questions("ZZ")
     end = lambda **options: generate_answers(tiny("llama"), letters(template=CHAT), asked, **options)[0]["answer"]
-    assert [end(stop="."), end(stop=()), end(stop=("two", "ne")), end(max_new_tokens=2), end(style="chat")] == ["one", "one. two\nthree", "o", "on", "one. two"]
+    assert [end(stop="."), end(stop=()), end(stop=("two", "ne")), end(max_new_tokens=2), end(style="chat")] == [
+        "one",
+        "one. two\nthree",
+        "o",
+        "on",
+        "one. two",
+    ]
 
 
 def test_training_mode_is_given_back():
-    model = tiny("gpt2", resid_pdrop=.5, embd_pdrop=.5)
+    model = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
     calm = generate_answers(model, letters(), ASKED, max_new_tokens=5)["answer"][:]
     model.train()
     assert generate_answers(model, letters(), ASKED, max_new_tokens=5)["answer"][:] == calm and model.training
@@ -154,15 +232,22 @@ def test_training_mode_is_given_back():
 def test_likelihoods_that_are_not_finite_name_the_question():
     model = tiny("llama")
     row = letters()("~").input_ids[0]
-    with torch.no_grad(): model.get_input_embeddings().weight[row] = float("nan")
-    with pytest.raises(FloatingPointError, match="question 'q1'"): generate_answers(model, letters(), questions("Who?", "Who~?", "Why?"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[row] = float("nan")
+    with pytest.raises(FloatingPointError, match="question 'q1'"):
+        generate_answers(model, letters(), questions("Who?", "Who~?", "Why?"))
 
 
 # ---- prompts
 
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("adds", [(), ("<s>",), ("<s>", "</s>"), ("</s>",)], ids=str)
-@pytest.mark.parametrize("template", [CHAT, "{{ bos_token }}" + CHAT, "{{ bos_token }}{{ bos_token }}" + CHAT], ids=["no BOS", "BOS", "BOS twice"])
+@pytest.mark.parametrize(
+    "template",
+    [CHAT, "{{ bos_token }}" + CHAT, "{{ bos_token }}{{ bos_token }}" + CHAT],
+    ids=["no BOS", "BOS", "BOS twice"],
+)
 @pytest.mark.parametrize("style", ["completion", "few-shot", "chat"])
 def test_first_token_exactly_once(style, template, adds, bos):
     tokenizer = letters(adds, template)
@@ -175,20 +260,33 @@ def test_first_token_exactly_once(style, template, adds, bos):
 def test_examples_are_others():
     tokenizer, shots = letters(), questions("Who?", "who? ", "a?", "b?", "c?")
     prompts = build_prompts(tokenizer, ASKED, "few-shot", shots=shots, n_shots=3)
-    assert prompts[0][0].casefold().count("who?") == 1 and prompts[0][0].count("Question: ") == 4 and prompts[0][0].endswith("Question: Who?\nAnswer:")
+    assert (
+        prompts[0][0].casefold().count("who?") == 1
+        and prompts[0][0].count("Question: ") == 4
+        and prompts[0][0].endswith("Question: Who?\nAnswer:")
+    )
     assert build_prompts(tokenizer, ASKED, "few-shot", shots=shots, n_shots=3) == prompts
-    assert len({build_prompts(tokenizer, ASKED[1:2], "few-shot", shots=shots, n_shots=3, seed=s)[0][0] for s in range(9)}) > 3
-    with pytest.raises(ValueError, match="'q0' has 3 examples"): build_prompts(tokenizer, ASKED, "few-shot", shots=shots)
+    assert (
+        len({build_prompts(tokenizer, ASKED[1:2], "few-shot", shots=shots, n_shots=3, seed=s)[0][0] for s in range(9)})
+        > 3
+    )
+    with pytest.raises(ValueError, match="'q0' has 3 examples"):
+        build_prompts(tokenizer, ASKED, "few-shot", shots=shots)
 
 
 def test_template_may_use_other_columns():
     rows = [dict(r, context="Sea.") for r in ASKED]
     assert build_prompts(letters(), rows, template="{context} {question}")[0][0] == "Sea. Who?"
-    with pytest.raises(ValueError, match="no column 'context'"): build_prompts(letters(), ASKED, template="{context} {question}")
-    assert build_prompts(letters(template=CHAT), ASKED, "chat", system="Be brief.")[0][0] == "[system]Be brief.[user]Who?[a]"
+    with pytest.raises(ValueError, match="no column 'context'"):
+        build_prompts(letters(), ASKED, template="{context} {question}")
+    assert (
+        build_prompts(letters(template=CHAT), ASKED, "chat", system="Be brief.")[0][0]
+        == "[system]Be brief.[user]Who?[a]"
+    )
 
 
 # ---- kept on disk
+
 
 def counted(model):
     "How often the model runs."
@@ -203,59 +301,127 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     whole, runs = generate_answers(model, tokenizer, ASKED, **options), counted(model)
     generate_answers(model, tokenizer, ASKED, **options)
     needed = len(runs)
+
     def kill(*args):
-        if len(runs) == needed + 6: raise KeyboardInterrupt
+        if len(runs) == needed + 6:
+            raise KeyboardInterrupt
+
     killer = model.register_forward_pre_hook(kill)
-    with pytest.raises(KeyboardInterrupt): generate_answers(model, tokenizer, ASKED, out=tmp_path/"run", **options)
+    with pytest.raises(KeyboardInterrupt):
+        generate_answers(model, tokenizer, ASKED, out=tmp_path / "run", **options)
     killer.remove()
-    assert sorted(f.name for f in (tmp_path/"run").iterdir()) == ["00000.jsonl", "settings.json"]
-    before = (tmp_path/"run"/"00000.jsonl").stat().st_mtime_ns
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["00000.jsonl", "settings.json"]
+    before = (tmp_path / "run" / "00000.jsonl").stat().st_mtime_ns
     runs.clear()
-    went_on = generate_answers(model, tokenizer, ASKED, out=tmp_path/"run", batch_size=1, **options)
-    assert went_on["answer_tokens"][:] == whole["answer_tokens"][:] and (tmp_path/"run"/"00000.jsonl").stat().st_mtime_ns == before
+    went_on = generate_answers(model, tokenizer, ASKED, out=tmp_path / "run", batch_size=1, **options)
+    assert (
+        went_on["answer_tokens"][:] == whole["answer_tokens"][:]
+        and (tmp_path / "run" / "00000.jsonl").stat().st_mtime_ns == before
+    )
     runs.clear()
-    assert generate_answers(model, tokenizer, ASKED, out=tmp_path/"run", **options)[:] == went_on[:] and not runs
-    for change, name in [(dict(seed=1), "seed=0"), (dict(n_samples=2), "n_samples"), (dict(temperature=.5), "temperature"), (dict(stop=("x",)), "stop"),
-                         (dict(template="{question}!"), "questions"), (dict(max_new_tokens=5), "max_new_tokens")]:
-        with pytest.raises(ValueError, match=f"holds a run with .*{name}"): generate_answers(model, tokenizer, ASKED, out=tmp_path/"run", **options | change)
-    with pytest.raises(ValueError, match="holds a run with questions="): generate_answers(model, tokenizer, [*ASKED[:4], dict(ASKED[4], answers=["z"])], out=tmp_path/"run", **options)
-    with torch.no_grad(): model.model.layers[2].mlp.up_proj.weight.mul_(1.01)
-    with pytest.raises(ValueError, match="holds a run with model="): generate_answers(model, tokenizer, ASKED, out=tmp_path/"run", **options)
+    assert generate_answers(model, tokenizer, ASKED, out=tmp_path / "run", **options)[:] == went_on[:] and not runs
+    for change, name in [
+        (dict(seed=1), "seed=0"),
+        (dict(n_samples=2), "n_samples"),
+        (dict(temperature=0.5), "temperature"),
+        (dict(stop=("x",)), "stop"),
+        (dict(template="{question}!"), "questions"),
+        (dict(max_new_tokens=5), "max_new_tokens"),
+    ]:
+        with pytest.raises(ValueError, match=f"holds a run with .*{name}"):
+            generate_answers(model, tokenizer, ASKED, out=tmp_path / "run", **options | change)
+    with pytest.raises(ValueError, match="holds a run with questions="):
+        generate_answers(model, tokenizer, [*ASKED[:4], dict(ASKED[4], answers=["z"])], out=tmp_path / "run", **options)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="holds a run with model="):
+        generate_answers(model, tokenizer, ASKED, out=tmp_path / "run", **options)
 
 
 def test_damaged_files_are_named(tmp_path):
     model, tokenizer = tiny("llama"), letters()
     make = lambda: generate_answers(model, tokenizer, ASKED, max_new_tokens=2, out=tmp_path)
     make()
-    (tmp_path/"00000.jsonl").write_text('{"id": ')
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path/'00000.jsonl'} is damaged: delete it")): make()
-    (tmp_path/"settings.json").write_text("")
-    with pytest.raises(ValueError, match="settings.json is damaged"): make()
-    (tmp_path/"file").write_text("")
-    with pytest.raises(ValueError, match="holds something else"): generate_answers(model, tokenizer, ASKED, out=tmp_path/"file")
+    (tmp_path / "00000.jsonl").write_text('{"id": ')
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '00000.jsonl'} is damaged: delete it")):
+        make()
+    (tmp_path / "settings.json").write_text("")
+    with pytest.raises(ValueError, match="settings.json is damaged"):
+        make()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="holds something else"):
+        generate_answers(model, tokenizer, ASKED, out=tmp_path / "file")
 
 
-@pytest.mark.parametrize("change, error", [
-    (dict(questions=[]), "no row"), (dict(questions=questions("a", " ")), "'q1' is empty"), (dict(questions=[ASKED[0]] * 2), "'q0' stands twice"), (dict(n_samples=-1), "n_samples is at least 0"),
-    (dict(max_new_tokens=0), "max_new_tokens at least 1"), (dict(style="chat"), "no chat template"), (dict(model=tiny("bert")), "no causal decoder"), (dict(template="x"), "no {question}"),
-    (dict(questions=[dict(id="a", question="b")]), "no column 'answers'"), (dict(max_new_tokens=60), "does not fit the model's 64")], ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (dict(questions=[]), "no row"),
+        (dict(questions=questions("a", " ")), "'q1' is empty"),
+        (dict(questions=[ASKED[0]] * 2), "'q0' stands twice"),
+        (dict(n_samples=-1), "n_samples is at least 0"),
+        (dict(max_new_tokens=0), "max_new_tokens at least 1"),
+        (dict(style="chat"), "no chat template"),
+        (dict(model=tiny("bert")), "no causal decoder"),
+        (dict(template="x"), "no {question}"),
+        (dict(questions=[dict(id="a", question="b")]), "no column 'answers'"),
+        (dict(max_new_tokens=60), "does not fit the model's 64"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_bad_input_comes_before_work(change, error, tmp_path):
-    given_ = dict(model=tiny("gpt2"), tokenizer=letters(), questions=ASKED, out=tmp_path/"out") | change
-    with pytest.raises(ValueError, match=re.escape(error)): generate_answers(**given_)
-    assert not (tmp_path/"out").exists()
+    given_ = dict(model=tiny("gpt2"), tokenizer=letters(), questions=ASKED, out=tmp_path / "out") | change
+    with pytest.raises(ValueError, match=re.escape(error)):
+        generate_answers(**given_)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_encoder_decoder_is_refused():
     import transformers
-    model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.T5Config(d_model=8, num_layers=1, num_heads=1, d_ff=8, d_kv=8, vocab_size=VOCABULARY))
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is no causal decoder"): generate_answers(model, letters(), ASKED)
+
+    model = transformers.AutoModelForSeq2SeqLM.from_config(
+        transformers.T5Config(d_model=8, num_layers=1, num_heads=1, d_ff=8, d_kv=8, vocab_size=VOCABULARY)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is no causal decoder"):
+        generate_answers(model, letters(), ASKED)
 
 
 # ---- normalisation and overlap
 
-WORDS = st.sampled_from(["Paris", "a", "An", "the", "THE", "theory", "U.S.", "well-known", "1914–18", "’n’", "_", "é", "e\u0301", "İ", "ẞ", "हिन्दी", "\n", "\t", ";", "—", "x", "`", "東京", "42", "Iran", "Irania"])
+WORDS = st.sampled_from(
+    [
+        "Paris",
+        "a",
+        "An",
+        "the",
+        "THE",
+        "theory",
+        "U.S.",
+        "well-known",
+        "1914–18",
+        "’n’",
+        "_",
+        "é",
+        "e\u0301",
+        "İ",
+        "ẞ",
+        "हिन्दी",
+        "\n",
+        "\t",
+        ";",
+        "—",
+        "x",
+        "`",
+        "東京",
+        "42",
+        "Iran",
+        "Irania",
+    ]
+)
 TEXT = st.lists(WORDS, max_size=7).map(" ".join) | st.text(max_size=25)
-PLAIN = st.lists(st.sampled_from(["Paris", "a", "the", "U.S.", "of", "x", "France,", "cat’s", "É", "snake_case"]), max_size=7).map(" ".join) | st.text(max_size=25).filter(lambda t: not set(t) & set(map(chr, labeling._DASHES)))
+PLAIN = st.lists(
+    st.sampled_from(["Paris", "a", "the", "U.S.", "of", "x", "France,", "cat’s", "É", "snake_case"]), max_size=7
+).map(" ".join) | st.text(max_size=25).filter(lambda t: not set(t) & set(map(chr, labeling._DASHES)))
 
 
 @given(TEXT, st.sampled_from(STYLES))
@@ -266,7 +432,7 @@ def test_normalising_twice_changes_nothing(text, style):
     if style != "raw":
         assert once == " ".join(once.split()) and not set(once) & set(string.punctuation)
         assert normalize_answer(f" {text}\n", style) == once == normalize_answer(f"the {text}", style)
-        assert style == "nq" or not {"a", "an", "the"} & set(once.split())                   # NFD leaves "à" as an article and an accent
+        assert style == "nq" or not {"a", "an", "the"} & set(once.split())  # NFD leaves "à" as an article and an accent
 
 
 @given(PLAIN, PLAIN)
@@ -274,15 +440,20 @@ def test_normalising_twice_changes_nothing(text, style):
 def test_squad_as_others_wrote_it(said, gold):
     "Against lm-eval's copy of the official SQuAD v1.1 script."
     from lm_eval.tasks.qasper.metrics import f1_abstractive, normalize_answer as official
+
     assert normalize_answer(said) == official(said)
     assert token_f1(said, gold) == pytest.approx(f1_abstractive([said], [gold]))
 
 
-@given(st.text(string.ascii_letters + string.digits + " .,-'_\n", max_size=40), st.text(string.ascii_letters + " ", max_size=12))
+@given(
+    st.text(string.ascii_letters + string.digits + " .,-'_\n", max_size=40),
+    st.text(string.ascii_letters + " ", max_size=12),
+)
 @settings(deadline=None, max_examples=300)
 def test_rouge_as_others_wrote_it(said, gold):
     "On a–z and 0–9 our words are rouge_score's own."
     from rouge_score.rouge_scorer import RougeScorer
+
     for prediction in (said, f"{gold} {said}", gold[::-1]):
         assert rouge_l(prediction, gold) == RougeScorer(["rougeL"]).score(gold, prediction)["rougeL"].fmeasure
 
@@ -291,23 +462,35 @@ def test_rouge_as_others_wrote_it(said, gold):
 @settings(deadline=None, max_examples=300)
 def test_overlap_is_consistent(said, golds, style):
     each = [token_f1(said, g, style) for g in golds]
-    assert token_f1(said, golds, style) == max(each) and all(0 <= f <= 1 for f in each) and all(token_f1(g, said, style) == pytest.approx(f) for g, f in zip(golds, each))
+    assert (
+        token_f1(said, golds, style) == max(each)
+        and all(0 <= f <= 1 for f in each)
+        and all(token_f1(g, said, style) == pytest.approx(f) for g, f in zip(golds, each))
+    )
     assert exact_match(said, golds, style) == max(exact_match(said, g, style) for g in golds)
-    if exact_match(said, golds, style): assert token_f1(said, golds, style, both_empty=1.) == 1
+    if exact_match(said, golds, style):
+        assert token_f1(said, golds, style, both_empty=1.0) == 1
     assert rouge_l(said, golds) == pytest.approx(max(rouge_l(said, g) for g in golds))
-    if any(unicodedata.category(c)[0] in "LMN" for c in said): assert rouge_l(said, [*golds, said]) == pytest.approx(1)
+    if any(unicodedata.category(c)[0] in "LMN" for c in said):
+        assert rouge_l(said, [*golds, said]) == pytest.approx(1)
 
 
 # ---- rules
 
+
 def labels(rule, answer, golds, distractors=("zzz",), **options):
-    return label_answers([dict(id="a", question="?", answers=list(golds), distractors=list(distractors), answer=answer)], rule, **options)[rule if isinstance(rule, str) else options.get("name", rule.__name__)][0]
+    return label_answers(
+        [dict(id="a", question="?", answers=list(golds), distractors=list(distractors), answer=answer)], rule, **options
+    )[rule if isinstance(rule, str) else options.get("name", rule.__name__)][0]
 
 
 @given(st.lists(st.tuples(TEXT, st.lists(TEXT, min_size=1, max_size=3)), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=80)
 def test_rules_imply_each_other(rows):
-    table = [dict(id=str(i), question="?", answers=golds, distractors=["zzz"], answer=answer) for i, (answer, golds) in enumerate(rows)]
+    table = [
+        dict(id=str(i), question="?", answers=golds, distractors=["zzz"], answer=answer)
+        for i, (answer, golds) in enumerate(rows)
+    ]
     columns = {rule: label_answers(table, rule)[rule] for rule in RULES}
     for (answer, golds), *found in zip(rows, *columns.values()):
         found = dict(zip(columns, found))
@@ -315,11 +498,15 @@ def test_rules_imply_each_other(rows):
         if {"empty", "refused"} & set(found.values()):
             assert len(set(found.values())) == 1
             continue
-        if found["exact"] == "right": assert found["alias"] == found["f1"] == found["choice"] == "right"
-        if found["choice"] == "right": assert found["alias"] == "right"
+        if found["exact"] == "right":
+            assert found["alias"] == found["f1"] == found["choice"] == "right"
+        if found["choice"] == "right":
+            assert found["alias"] == "right"
         words, parts = normalize_answer(answer).split(), [normalize_answer(g).split() for g in golds]
-        inside = any(p == words[i:i + len(p)] for p in parts if p for i in range(len(words)))
-        assert (found["alias"] == "right") == (inside or answer.strip().casefold() in {g.strip().casefold() for g in golds})
+        inside = any(p == words[i : i + len(p)] for p in parts if p for i in range(len(words)))
+        assert (found["alias"] == "right") == (
+            inside or answer.strip().casefold() in {g.strip().casefold() for g in golds}
+        )
 
 
 @pytest.mark.parametrize("answer", ["", " ", "\n\n", "...", "—", "\u200b", None, float("nan")], ids=repr)
@@ -331,9 +518,17 @@ def test_empty_answers(rule, answer):
 @pytest.mark.parametrize("rule", RULES)
 def test_refusals(rule):
     for phrase in REFUSALS:
-        assert labels(rule, f"Lima: {phrase}", ["Lima: " + phrase]) == "right" and labels(rule, f"Ask, {phrase}", ["Lima"]) == "wrong"      # at the start only
-        for text in (phrase, phrase.upper() + ".", f"{phrase}, Lima", phrase.replace("'", "’") + " that"): assert labels(rule, text, ["Lima"]) == "refused", text
-    assert labels(rule, "Sorryville", ["Sorryville"]) == labels(rule, "Sorry Seems to Be the Hardest Word", ["Sorry Seems to Be the Hardest Word"]) == "right"
+        assert (
+            labels(rule, f"Lima: {phrase}", ["Lima: " + phrase]) == "right"
+            and labels(rule, f"Ask, {phrase}", ["Lima"]) == "wrong"
+        )  # at the start only
+        for text in (phrase, phrase.upper() + ".", f"{phrase}, Lima", phrase.replace("'", "’") + " that"):
+            assert labels(rule, text, ["Lima"]) == "refused", text
+    assert (
+        labels(rule, "Sorryville", ["Sorryville"])
+        == labels(rule, "Sorry Seems to Be the Hardest Word", ["Sorry Seems to Be the Hardest Word"])
+        == "right"
+    )
     assert labels(rule, "I have no comment", ["I have no comment"]) == "refused" and labels(rule, "+", ["+"]) == "right"
 
 
@@ -346,30 +541,75 @@ def test_a_gold_that_is_nothing_matches_nothing_else(rule, gold):
 
 @pytest.mark.parametrize("rule", ["alias", "choice"])
 def test_the_questions_own_words_prove_nothing(rule):
-    say = lambda answer, golds, question="What is the capital of Peru?": label_answers([dict(id="a", question=question, answers=golds, distractors=["Quito"], answer=answer)], rule)[rule][0]
+    say = lambda answer, golds, question="What is the capital of Peru?": label_answers(
+        [dict(id="a", question=question, answers=golds, distractors=["Quito"], answer=answer)], rule
+    )[rule][0]
     golds = ["Lima", "Capital of Peru"]
-    assert say("The capital of Peru is Cusco.", golds) == "wrong" and say("The capital of Peru is Lima.", golds) == say("capital of Peru!", golds) == "right"
-    assert say("The Sun is", ["Sun"], "Which is larger, the Sun or the Moon?") == "right"      # there is no other gold
+    assert (
+        say("The capital of Peru is Cusco.", golds) == "wrong"
+        and say("The capital of Peru is Lima.", golds) == say("capital of Peru!", golds) == "right"
+    )
+    assert say("The Sun is", ["Sun"], "Which is larger, the Sun or the Moon?") == "right"  # there is no other gold
 
 
-@pytest.mark.parametrize("answer, right", [("oxygen", True), ("an oxygen mask", False), ("oxygen and an oxygen mask", False), ("carbon", False), ("Carbon dioxide!", True), ("water", False), ("mask", False)])
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("oxygen", True),
+        ("an oxygen mask", False),
+        ("oxygen and an oxygen mask", False),
+        ("carbon", False),
+        ("Carbon dioxide!", True),
+        ("water", False),
+        ("mask", False),
+    ],
+)
 def test_choice_takes_the_longer_name(answer, right):
-    assert labels("choice", answer, ["oxygen", "carbon dioxide"], ["oxygen mask", "carbon", "..."]) == ("right" if right else "wrong")
+    assert labels("choice", answer, ["oxygen", "carbon dioxide"], ["oxygen mask", "carbon", "..."]) == (
+        "right" if right else "wrong"
+    )
 
 
-@pytest.mark.parametrize("answer, label", [("Irania", "wrong"), ("Tehran, Iran.", "right"), ("Iran\n\nQuestion", "right"), ("Iran-Contra", "wrong"), ("not Iran", "right")])
+@pytest.mark.parametrize(
+    "answer, label",
+    [
+        ("Irania", "wrong"),
+        ("Tehran, Iran.", "right"),
+        ("Iran\n\nQuestion", "right"),
+        ("Iran-Contra", "wrong"),
+        ("not Iran", "right"),
+    ],
+)
 def test_containment_is_by_whole_words(answer, label):
     assert labels("alias", answer, ["Iran"]) == labels("choice", answer, ["Iran"]) == label
 
 
 def test_style_changes_what_is_equal():
-    assert [labels("exact", "well known", ["well-known"], style=s) for s in STYLES] == ["wrong", "right", "wrong", "wrong"]
-    assert [labels("exact", "Beyonce\u0301 K", ["Beyonc\u00e9 K"], style=s) for s in STYLES] == ["wrong", "wrong", "right", "wrong"]
-    for dash in "‐‑‒–—―−﹘﹣-": assert [labels(rule, f"1914{dash}18 war", ["1914-18 war"]) for rule in RULES] == ["right"] * 5
+    assert [labels("exact", "well known", ["well-known"], style=s) for s in STYLES] == [
+        "wrong",
+        "right",
+        "wrong",
+        "wrong",
+    ]
+    assert [labels("exact", "Beyonce\u0301 K", ["Beyonc\u00e9 K"], style=s) for s in STYLES] == [
+        "wrong",
+        "wrong",
+        "right",
+        "wrong",
+    ]
+    for dash in "‐‑‒–—―−﹘﹣-":
+        assert [labels(rule, f"1914{dash}18 war", ["1914-18 war"]) for rule in RULES] == ["right"] * 5
 
 
 def test_a_plain_table_is_enough():
-    frame = pd.DataFrame(dict(id=["a", "b"], question=["?", "!"], answers=[["Lima"], np.array(["Oslo", "Kristiania"], dtype=object)], answer=["in Lima", "Rome"]))
+    frame = pd.DataFrame(
+        dict(
+            id=["a", "b"],
+            question=["?", "!"],
+            answers=[["Lima"], np.array(["Oslo", "Kristiania"], dtype=object)],
+            answer=["in Lima", "Rome"],
+        )
+    )
     for table in (frame, Dataset.from_pandas(frame), frame.to_dict("records")):
         once = label_answers(table)
         assert once["alias"][:] == ["right", "wrong"] and once.column_names == [*frame.columns, "alias"]
@@ -378,15 +618,25 @@ def test_a_plain_table_is_enough():
     assert label_answers(frame, name="mine")["mine"][:] == ["right", "wrong"]
 
 
-@pytest.mark.parametrize("change, error", [
-    (dict(answers=[["x"], []]), r"row 1 \(id 'b'\) has no list of golds"), (dict(answers=["x", "y"]), r"row 0 \(id 'a'\) has no list of golds: `answers` is 'x'"), (dict(answers=[["x"], [3]]), "row 1")])
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (dict(answers=[["x"], []]), r"row 1 \(id 'b'\) has no list of golds"),
+        (dict(answers=["x", "y"]), r"row 0 \(id 'a'\) has no list of golds: `answers` is 'x'"),
+        (dict(answers=[["x"], [3]]), "row 1"),
+    ],
+)
 def test_bad_golds_name_the_row(change, error):
-    with pytest.raises(ValueError, match=error): label_answers(pd.DataFrame(dict(id=["a", "b"], question=["?", "!"], answer=["x", "y"]) | change))
+    with pytest.raises(ValueError, match=error):
+        label_answers(pd.DataFrame(dict(id=["a", "b"], question=["?", "!"], answer=["x", "y"]) | change))
 
 
 @pytest.mark.parametrize("missing", ["id", "question", "answers", "answer"])
 def test_a_missing_column_is_named(missing):
-    with pytest.raises(ValueError, match=f"no column '{missing}'"): label_answers([{k: v for k, v in dict(id="a", question="?", answers=["x"], answer="x").items() if k != missing}])
+    with pytest.raises(ValueError, match=f"no column '{missing}'"):
+        label_answers(
+            [{k: v for k, v in dict(id="a", question="?", answers=["x"], answer="x").items() if k != missing}]
+        )
 
 
 @pytest.mark.skipif(not os.environ.get("AVSS_NB_DATA"), reason="AVSS_NB_DATA names no folder with the benchmark files")
@@ -395,123 +645,199 @@ def test_options_of_sciq():
     rows = load_questions("sciq")
     say = lambda options: [dict(r, answer=o) for r in rows for o in options(r)]
     right, wrong = say(lambda r: r["answers"]), say(lambda r: r["distractors"])
-    for rule in RULES: assert set(label_answers(right, rule)[rule]) == {"right"}
+    for rule in RULES:
+        assert set(label_answers(right, rule)[rule]) == {"right"}
     called = {rule: label_answers(wrong, rule)[rule][:].count("right") for rule in RULES}
-    assert called["exact"] == called["choice"] == 0 and called["alias"] < 30 and called["f1"] > 500     # one word of two in common is F1 .5
+    assert (
+        called["exact"] == called["choice"] == 0 and called["alias"] < 30 and called["f1"] > 500
+    )  # one word of two in common is F1 .5
 
 
 # ---- judges
 
-TABLE = [dict(id=f"r{i}", question="?", answers=["x"], answer=a) for i, a in enumerate(["x", "y", "", "z", "x", "I don't know", "w"])]
+TABLE = [
+    dict(id=f"r{i}", question="?", answers=["x"], answer=a)
+    for i, a in enumerate(["x", "y", "", "z", "x", "I don't know", "w"])
+]
 
 
-@pytest.mark.parametrize("verdict, label", [(True, "right"), (False, "wrong"), (np.bool_(True), "right"), (1, "right"), (.5, "wrong"), (.51, "right"), (torch.tensor(.9), "right"), ("refused", "refused"), ("wrong", "wrong")], ids=repr)
+@pytest.mark.parametrize(
+    "verdict, label",
+    [
+        (True, "right"),
+        (False, "wrong"),
+        (np.bool_(True), "right"),
+        (1, "right"),
+        (0.5, "wrong"),
+        (0.51, "right"),
+        (torch.tensor(0.9), "right"),
+        ("refused", "refused"),
+        ("wrong", "wrong"),
+    ],
+    ids=repr,
+)
 def test_what_a_judge_may_say(verdict, label):
     assert label_answers(TABLE[:1], lambda q, a, golds: verdict, name="mine")["mine"][:] == [label]
 
 
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("verdict", [float("nan"), None, 2., -.1, "maybe", "1", [1, 2], "nan"], ids=repr)
+@pytest.mark.parametrize("verdict", [float("nan"), None, 2.0, -0.1, "maybe", "1", [1, 2], "nan"], ids=repr)
 def test_nonsense_names_row_and_judge(verdict, batched):
-    def judge(question, answer, golds): return verdict if answer == "z" else True
-    if batched: judge.batch = lambda triples: [judge(*t) for t in triples]
-    with pytest.raises(ValueError, match=r"judge 'judge' gave .* for row 3 \(id 'r3'\)"): label_answers(TABLE, judge)
+    def judge(question, answer, golds):
+        return verdict if answer == "z" else True
+
+    if batched:
+        judge.batch = lambda triples: [judge(*t) for t in triples]
+    with pytest.raises(ValueError, match=r"judge 'judge' gave .* for row 3 \(id 'r3'\)"):
+        label_answers(TABLE, judge)
 
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_judge_that_raises(tmp_path, batched):
     "The row is named, the verdicts before it are kept, no triple is judged twice, and empty or refusing answers not at all."
     asked, broken = [], [True]
+
     def judge(question, answer, golds):
         asked.append(answer)
-        if answer == "z" and broken: raise TimeoutError("gone")
+        if answer == "z" and broken:
+            raise TimeoutError("gone")
         return answer == "x"
+
     if batched:
+
         def batch(triples):
-            if broken: raise TimeoutError("gone")
+            if broken:
+                raise TimeoutError("gone")
             return [judge(*t) for t in triples]
+
         judge.batch = batch
-    with pytest.raises(RuntimeError, match=r"judge 'judge' failed at row 3 \(id 'r3'\): gone"): label_answers(TABLE, judge, out=tmp_path/"v.json")
-    assert asked == ["x", "y", "z"] and len(json.loads((tmp_path/"v.json").read_text())["verdicts"]) == 2
-    broken.clear(); asked.clear()
-    wanted = ["right", "wrong", "empty", "wrong", "right", "refused", "wrong"]
-    assert label_answers(TABLE, judge, out=tmp_path/"v.json")["judge"][:] == wanted and asked == ["z", "w"]
+    with pytest.raises(RuntimeError, match=r"judge 'judge' failed at row 3 \(id 'r3'\): gone"):
+        label_answers(TABLE, judge, out=tmp_path / "v.json")
+    assert asked == ["x", "y", "z"] and len(json.loads((tmp_path / "v.json").read_text())["verdicts"]) == 2
+    broken.clear()
     asked.clear()
-    assert label_answers(TABLE[::-1], judge, out=tmp_path/"v.json")["judge"][:] == wanted[::-1] and not asked
-    with pytest.raises(ValueError, match="verdicts of judge 'judge', not of 'other'"): label_answers(TABLE, judge, name="other", out=tmp_path/"v.json")
-    (tmp_path/"v.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"): label_answers(TABLE, judge, out=tmp_path/"v.json")
+    wanted = ["right", "wrong", "empty", "wrong", "right", "refused", "wrong"]
+    assert label_answers(TABLE, judge, out=tmp_path / "v.json")["judge"][:] == wanted and asked == ["z", "w"]
+    asked.clear()
+    assert label_answers(TABLE[::-1], judge, out=tmp_path / "v.json")["judge"][:] == wanted[::-1] and not asked
+    with pytest.raises(ValueError, match="verdicts of judge 'judge', not of 'other'"):
+        label_answers(TABLE, judge, name="other", out=tmp_path / "v.json")
+    (tmp_path / "v.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        label_answers(TABLE, judge, out=tmp_path / "v.json")
 
 
 def test_a_killed_judge_keeps_its_verdicts(tmp_path):
     asked = []
+
     def judge(question, answer, golds):
         asked.append(answer)
-        if len(asked) == 3: raise KeyboardInterrupt
+        if len(asked) == 3:
+            raise KeyboardInterrupt
         return True
-    with pytest.raises(KeyboardInterrupt): label_answers(TABLE, judge, out=tmp_path/"v.json")
-    label_answers(TABLE, judge, out=tmp_path/"v.json")
+
+    with pytest.raises(KeyboardInterrupt):
+        label_answers(TABLE, judge, out=tmp_path / "v.json")
+    label_answers(TABLE, judge, out=tmp_path / "v.json")
     assert asked == ["x", "y", "z", "z", "w"]
 
 
 def test_a_batch_of_another_length():
     class Judge:
         batch = staticmethod(lambda triples: [True])
-        def __call__(self, *triple): return True
-    with pytest.raises(ValueError, match="judge 'Judge' gave 1 verdicts for the 4 rows from 0 on"): label_answers(TABLE, Judge())
+
+        def __call__(self, *triple):
+            return True
+
+    with pytest.raises(ValueError, match="judge 'Judge' gave 1 verdicts for the 4 rows from 0 on"):
+        label_answers(TABLE, Judge())
 
 
 def classifier(order, single=False):
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, initializer_range=1., pad_token_id=1,
-                        max_position_embeddings=64, id2label=dict(enumerate(order)), label2id={name: i for i, name in enumerate(order)})
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        initializer_range=1.0,
+        pad_token_id=1,
+        max_position_embeddings=64,
+        id2label=dict(enumerate(order)),
+        label2id={name: i for i, name in enumerate(order)},
+    )
     model = AutoModelForSequenceClassification.from_config(config).eval()
     classes = ["entailment", "neutral", "contradiction"]
     if set(order) == set(classes):
-        with torch.no_grad(): model.classifier.weight.copy_(model.classifier.weight[[classes.index(name) for name in order]])
+        with torch.no_grad():
+            model.classifier.weight.copy_(model.classifier.weight[[classes.index(name) for name in order]])
     return model
 
 
 def test_label_permutations_and_batches():
     "Entailment is found by its name; one pair at a time, or many padded together, gives the same."
-    tokenizer, triples = letters(), [("Who?", f"answer {'x' * n}", ["a", "some gold", "g" * n][:1 + n % 3]) for n in range(9)]
+    tokenizer, triples = (
+        letters(),
+        [("Who?", f"answer {'x' * n}", ["a", "some gold", "g" * n][: 1 + n % 3]) for n in range(9)],
+    )
     wanted = None
-    for order in (["entailment", "neutral", "contradiction"], ["contradiction", "neutral", "entailment"], ["neutral", "entailment", "contradiction"]):
+    for order in (
+        ["entailment", "neutral", "contradiction"],
+        ["contradiction", "neutral", "entailment"],
+        ["neutral", "entailment", "contradiction"],
+    ):
         model = classifier(order)
         judge = nli_judge(model, tokenizer)
         found = judge.batch(triples)
         wanted = wanted or found
-        assert found == pytest.approx(wanted, abs=1e-4) and [judge(*t) for t in triples] == pytest.approx(wanted, abs=1e-4)
+        assert found == pytest.approx(wanted, abs=1e-4) and [judge(*t) for t in triples] == pytest.approx(
+            wanted, abs=1e-4
+        )
         assert nli_judge(model, tokenizer, batch_size=2).batch(triples) == pytest.approx(wanted, abs=1e-4)
         ids = tokenizer("Who? some gold", "Who? answer x", return_tensors="pt")
-        with torch.no_grad(): one = model(**ids).logits.softmax(-1)[0, order.index("entailment")].item()
+        with torch.no_grad():
+            one = model(**ids).logits.softmax(-1)[0, order.index("entailment")].item()
         assert nli_judge(model, tokenizer)("Who?", "answer x", ["some gold"]) == pytest.approx(one, abs=1e-5)
-    assert max(wanted) - min(wanted) > .1
-    assert judge("Who?", "b", ["some gold", "a"]) == pytest.approx(max(judge("Who?", "b", ["some gold"]), judge("Who?", "b", ["a"])), abs=1e-5)
-    assert judge("Who?", "b" * 200, ["a"]) >= 0                                                 # too long for the model: cut
+    assert max(wanted) - min(wanted) > 0.1
+    assert judge("Who?", "b", ["some gold", "a"]) == pytest.approx(
+        max(judge("Who?", "b", ["some gold"]), judge("Who?", "b", ["a"])), abs=1e-5
+    )
+    assert judge("Who?", "b" * 200, ["a"]) >= 0  # too long for the model: cut
 
 
 def test_classes_that_cannot_be_told():
-    with pytest.raises(ValueError, match="which class of BertForSequenceClassification .*LABEL_0|label_0"): nli_judge(classifier(["LABEL_0", "LABEL_1"]), letters())
-    for which in ("LABEL_1", 1): assert 0 <= nli_judge(classifier(["LABEL_0", "LABEL_1"]), letters(), entailment=which)("Who?", "a", ["b"]) <= 1
-    assert nli_judge(classifier(["not_entailment", "entailment"]), letters())("Who?", "a", ["b"]) == nli_judge(classifier(["not_entailment", "entailment"]), letters(), entailment=1)("Who?", "a", ["b"])
+    with pytest.raises(ValueError, match="which class of BertForSequenceClassification .*LABEL_0|label_0"):
+        nli_judge(classifier(["LABEL_0", "LABEL_1"]), letters())
+    for which in ("LABEL_1", 1):
+        assert 0 <= nli_judge(classifier(["LABEL_0", "LABEL_1"]), letters(), entailment=which)("Who?", "a", ["b"]) <= 1
+    assert nli_judge(classifier(["not_entailment", "entailment"]), letters())("Who?", "a", ["b"]) == nli_judge(
+        classifier(["not_entailment", "entailment"]), letters(), entailment=1
+    )("Who?", "a", ["b"])
     one = classifier(["score"])
     assert 0 <= nli_judge(one, letters(), entailment="score")("Who?", "a", ["b"]) <= 1
-    with pytest.raises(ValueError): nli_judge(one, letters(), entailment=3)
+    with pytest.raises(ValueError):
+        nli_judge(one, letters(), entailment=3)
 
 
 def test_a_model_that_gives_nan_or_is_no_classifier():
     model = classifier(["entailment", "neutral", "contradiction"])
-    with torch.no_grad(): model.classifier.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"judge 'nli' gave nan for row 0 \(id 'r0'\)"): label_answers(TABLE, nli_judge(model, letters()))
-    with pytest.raises(RuntimeError, match="judge 'nli' failed at row 0 .*no sequence classifier"): label_answers(TABLE, nli_judge(tiny("bert"), letters(), entailment=0))
+    with torch.no_grad():
+        model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"judge 'nli' gave nan for row 0 \(id 'r0'\)"):
+        label_answers(TABLE, nli_judge(model, letters()))
+    with pytest.raises(RuntimeError, match="judge 'nli' failed at row 0 .*no sequence classifier"):
+        label_answers(TABLE, nli_judge(tiny("bert"), letters(), entailment=0))
 
 
 # ---- tables
 
+
 def told(**columns):
     n = len(next(iter(columns.values())))
-    return pd.DataFrame(dict(id=[f"q{i // 2}" for i in range(n)], question="?", answers=[["x"]] * n, answer="y") | columns)
+    return pd.DataFrame(
+        dict(id=[f"q{i // 2}" for i in range(n)], question="?", answers=[["x"]] * n, answer="y") | columns
+    )
 
 
 R, W, E = "right", "wrong", "empty"
@@ -520,20 +846,35 @@ R, W, E = "right", "wrong", "empty"
 def test_kappa_by_hand():
     table = told(a=[R, R, R, W, W, W, E], b=[R, R, W, W, W, R, E], c=[R] * 6 + [E])
     kappa = rule_agreement(table)
-    assert kappa.loc["a", "b"] == kappa.loc["b", "a"] == pytest.approx((4 / 6 - .5) / .5) and kappa.loc["a", "a"] == 1 and kappa.loc["a", "c"] == 0 and np.isnan(kappa.loc["c", "c"])
+    assert (
+        kappa.loc["a", "b"] == kappa.loc["b", "a"] == pytest.approx((4 / 6 - 0.5) / 0.5)
+        and kappa.loc["a", "a"] == 1
+        and kappa.loc["a", "c"] == 0
+        and np.isnan(kappa.loc["c", "c"])
+    )
     assert rule_disagreements(table, ["a", "b"]).index.tolist() == [2, 5] and len(rule_disagreements(table, ["a"])) == 0
-    with pytest.raises(ValueError, match="run label_answers"): rule_agreement(table.drop(columns=["a", "b", "c"]))
+    with pytest.raises(ValueError, match="run label_answers"):
+        rule_agreement(table.drop(columns=["a", "b", "c"]))
 
 
 def test_counts_add_up():
     table = told(a=[R, R, R, W, W, E, "refused", E], kind=list("kkkkllll"))
     counts = label_counts(table)
-    assert counts.loc["a", ["asked", "empty", "refused", "right", "wrong"]].tolist() == [8, 2, 1, 3, 2] and counts.share["a"] == .6 and counts.low["a"] <= .6 <= counts.high["a"]
+    assert (
+        counts.loc["a", ["asked", "empty", "refused", "right", "wrong"]].tolist() == [8, 2, 1, 3, 2]
+        and counts.share["a"] == 0.6
+        and counts.low["a"] <= 0.6 <= counts.high["a"]
+    )
     by = label_counts(table, by="kind")
-    assert by.right.tolist() == [3, 0] and by.asked.tolist() == [4, 4] and by.share.tolist() == [.75, 0] and np.isnan(by.low.iloc[1])
-    paired = told(a=[R, R, W, W] * 20)                      # two answers a question, always the same: as wide as 40 answers, not 80
+    assert (
+        by.right.tolist() == [3, 0]
+        and by.asked.tolist() == [4, 4]
+        and by.share.tolist() == [0.75, 0]
+        and np.isnan(by.low.iloc[1])
+    )
+    paired = told(a=[R, R, W, W] * 20)  # two answers a question, always the same: as wide as 40 answers, not 80
     width = lambda t: label_counts(t).eval("high - low").iloc[0]
-    assert width(paired) / width(paired.assign(id=[f"q{i}" for i in range(80)])) == pytest.approx(2**.5, rel=.15)
+    assert width(paired) / width(paired.assign(id=[f"q{i}" for i in range(80)])) == pytest.approx(2**0.5, rel=0.15)
 
 
 @given(st.lists(st.tuples(st.sampled_from([R, W, E, "refused"]), st.sampled_from([R, W, E])), min_size=1, max_size=30))
@@ -547,17 +888,24 @@ def test_quality_is_scikit_learns(pairs):
         a, h = zip(*both)
         for name, score in (("precision", precision_score), ("recall", recall_score)):
             assert quality[name] == pytest.approx(score(h, a, zero_division=np.nan), nan_ok=True)
-            if not np.isnan(quality[name]): assert quality[f"{name}_low"] <= quality[name] <= quality[f"{name}_high"]
-    with pytest.raises(ValueError, match="no trusted labels 'truth'"): rule_quality(table, truth="truth")
+            if not np.isnan(quality[name]):
+                assert quality[f"{name}_low"] <= quality[name] <= quality[f"{name}_high"]
+    with pytest.raises(ValueError, match="no trusted labels 'truth'"):
+        rule_quality(table, truth="truth")
 
 
 @pytest.mark.skipif(not os.environ.get("AVSS_NB_DATA"), reason="needs the benchmark sets (AVSS_NB_DATA)")
 def test_the_rules_say_of_the_audit_what_it_holds():
     "Labels by hand, and beside them what each rule says by the sets' own golds."
     audit = pd.read_csv(Path(__file__).with_name("audit.csv"), keep_default_na=False)
-    assert audit.groupby("set").size().to_dict() == dict.fromkeys(["nq", "sciq", "triviaqa", "truthfulqa", "wikiqa"], 30)
+    assert audit.groupby("set").size().to_dict() == dict.fromkeys(
+        ["nq", "sciq", "triviaqa", "truthfulqa", "wikiqa"], 30
+    )
     asked = {name: {row["id"]: row for row in load_questions(name, split="test")} for name in audit.set.unique()}
-    rows = [{k: asked[row.set][row.id][k] for k in ("id", "question", "answers", "distractors")} | dict(answer=row.answer) for row in audit.itertuples()]
+    rows = [
+        {k: asked[row.set][row.id][k] for k in ("id", "question", "answers", "distractors")} | dict(answer=row.answer)
+        for row in audit.itertuples()
+    ]
     for rule in RULES:
         told = [row for row in rows if row["distractors"] or rule != "choice"]
         labels = dict(zip([row["id"] for row in told], label_answers(pd.DataFrame(told), rule)[rule]))

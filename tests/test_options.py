@@ -1,4 +1,5 @@
 """Options behind one prompt give the likelihoods of whole rows: in every family, skipped or whole, in any batch."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,11 @@ PROMPTS, OPTIONS = ["abcd", "efghijkl", "abcd"], [["x", "yz", "uvw"], ["mnop", "
 
 class Letters:
     "A tokenizer: a token a letter."
+
     pad_token_id, padding_side = 1, "left"
-    def __call__(self, text): return SimpleNamespace(input_ids=[3 + ord(c) % (VOCABULARY - 3) for c in text])
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=[3 + ord(c) % (VOCABULARY - 3) for c in text])
 
 
 def by_hand(model):
@@ -25,7 +29,8 @@ def by_hand(model):
     for prompt, options in zip(PROMPTS, OPTIONS):
         for option in options:
             ids = torch.tensor([Letters()(prompt + option).input_ids])
-            with torch.no_grad(): logp = model(ids).logits[0].log_softmax(-1)
+            with torch.no_grad():
+                logp = model(ids).logits[0].log_softmax(-1)
             found.append(sum(logp[i - 1, ids[0, i]].item() for i in range(len(prompt), ids.shape[1])))
     return found
 
@@ -44,10 +49,12 @@ def test_every_family(family, skipped):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox", "opt"])
 def test_these_read_a_prompt_once(family):
     model, tokens = tiny(family), []
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: tokens.append(kwargs["input_ids"].shape), with_kwargs=True)
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     option_logprobs(model, Letters(), PROMPTS, OPTIONS)
     handle.remove()
-    assert tokens == [(2, 8), (5, 3)]        # two different prompts, then the five options of more than one token
+    assert tokens == [(2, 8), (5, 3)]  # two different prompts, then the five options of more than one token
 
 
 def test_a_window_is_no_plain_cache():

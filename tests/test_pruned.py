@@ -1,4 +1,5 @@
 """Models that have lost layers for good: equal to skipping, and reloaded by the library alone, in 21 families."""
+
 import json
 import subprocess
 import sys
@@ -46,23 +47,28 @@ def reloaded(tmp_path_factory):
     root, jobs, kept = tmp_path_factory.mktemp("pruned"), [], {}
     for family in ALL:
         model, batch = tiny(family), inputs("left" if family not in ENCODERS else "right")
-        small, folder = prune_layers(model, [0, 3]), root/family
+        small, folder = prune_layers(model, [0, 3]), root / family
         small.save_pretrained(folder)
-        save_file(batch, folder/"batch.safetensors")
-        with torch.no_grad(), skip_layers(model, [0, 3]): skipped = model(**batch)[0]
-        with torch.no_grad(): pruned = small(**batch)[0]
+        save_file(batch, folder / "batch.safetensors")
+        with torch.no_grad(), skip_layers(model, [0, 3]):
+            skipped = model(**batch)[0]
+        with torch.no_grad():
+            pruned = small(**batch)[0]
         kept[family] = dict(model=model, skipped=skipped, pruned=pruned, folder=folder)
         jobs.append((str(folder), type(model).__name__))
-    run = subprocess.run([sys.executable, "-c", RELOAD], input=json.dumps(jobs), capture_output=True, text=True, cwd=root)
+    run = subprocess.run(
+        [sys.executable, "-c", RELOAD], input=json.dumps(jobs), capture_output=True, text=True, cwd=root
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    return {family: found | load_file(found["folder"]/"found.safetensors") for family, found in kept.items()}
+    return {family: found | load_file(found["folder"] / "found.safetensors") for family, found in kept.items()}
 
 
 @each_family
 def test_another_process_finds_the_same_logits(reloaded, family):
     found = reloaded[family]
     assert torch.equal(found["pruned"], found["skipped"]) and torch.equal(found["logits"], found["pruned"])
-    with torch.no_grad(): whole = found["model"](**inputs("left" if family not in ENCODERS else "right"))[0]
+    with torch.no_grad():
+        whole = found["model"](**inputs("left" if family not in ENCODERS else "right"))[0]
     assert not torch.allclose(whole, found["pruned"]) and len(blocks(found["model"])) == 5
 
 
@@ -78,13 +84,19 @@ def test_cached_and_uncached_text_is_the_same(reloaded, family, way):
 def test_pruned_equals_skipped(family, layers):
     model, batch = tiny(family), inputs("right")
     if family == "mamba" and not all(isinstance(unit, int) for unit in layers):
-        with pytest.raises(ValueError, match="MambaBlock"): prune_layers(model, layers)
+        with pytest.raises(ValueError, match="MambaBlock"):
+            prune_layers(model, layers)
         return
     before = {name: p.clone() for name, p in model.named_parameters()}
     small = prune_layers(model, layers)
-    with torch.no_grad(), skip_layers(model, layers): skipped = model(**batch)[0]
-    with torch.no_grad(): assert torch.equal(small(**batch)[0], skipped)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and model.config.num_hidden_layers == 5
+    with torch.no_grad(), skip_layers(model, layers):
+        skipped = model(**batch)[0]
+    with torch.no_grad():
+        assert torch.equal(small(**batch)[0], skipped)
+    assert (
+        all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        and model.config.num_hidden_layers == 5
+    )
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -92,10 +104,11 @@ def test_a_tied_head_is_stored_once(tmp_path, tie):
     model = tiny("llama", tie_word_embeddings=tie)
     small = prune_layers(model, [1, 3])
     small.save_pretrained(tmp_path)
-    names = load_file(tmp_path/"model.safetensors").keys()
+    names = load_file(tmp_path / "model.safetensors").keys()
     assert sum(name in ("lm_head.weight", "model.embed_tokens.weight") for name in names) == (1 if tie else 2)
     again, batch = type(model).from_pretrained(tmp_path).eval(), inputs("right")
-    with torch.no_grad(): assert torch.equal(again(**batch)[0], small(**batch)[0])
+    with torch.no_grad():
+        assert torch.equal(again(**batch)[0], small(**batch)[0])
     assert (again.lm_head.weight.data_ptr() == again.get_input_embeddings().weight.data_ptr()) == tie
 
 
@@ -119,16 +132,24 @@ def test_plain_layers_among_experts_stay_plain():
     small, batch = prune_layers(model, [1, 2]), inputs("right")
     kinds = lambda m: [type(block.mlp).__name__ for block in blocks(m)]
     assert kinds(small) == [kinds(model)[i] for i in (0, 3, 4)] and small.config.mlp_only_layers == [0, 1, 2]
-    with torch.no_grad(), skip_layers(model, [1, 2]): skipped = model(**batch)[0]
-    with torch.no_grad(): assert torch.equal(small(**batch)[0], skipped)
+    with torch.no_grad(), skip_layers(model, [1, 2]):
+        skipped = model(**batch)[0]
+    with torch.no_grad():
+        assert torch.equal(small(**batch)[0], skipped)
 
 
 def test_what_a_config_cannot_say_is_refused():
-    by_number = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=99, scale_attn_by_inverse_layer_idx=True))
-    with pytest.raises(ValueError, match="skipped, not removed"): prune_layers(by_number, [1])
+    by_number = GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=99, scale_attn_by_inverse_layer_idx=True)
+    )
+    with pytest.raises(ValueError, match="skipped, not removed"):
+        prune_layers(by_number, [1])
     both = T5ForConditionalGeneration(T5Config(d_model=32, num_layers=3, num_heads=4, d_ff=64, d_kv=8, vocab_size=99))
-    with pytest.raises(ValueError, match="skipped, not removed"): prune_layers(both, [1])
+    with pytest.raises(ValueError, match="skipped, not removed"):
+        prune_layers(both, [1])
     odd = tiny("llama")
-    blocks(odd)[2].self_attn.scaling = 7.
-    with pytest.raises(ValueError, match=r"would not bring back model.layers.1.self_attn.scaling = 7"): prune_layers(odd, [1])
-    with skip_layers(odd, [1]), pytest.raises(ValueError, match="leave skip_layers first"): prune_layers(odd, [2])
+    blocks(odd)[2].self_attn.scaling = 7.0
+    with pytest.raises(ValueError, match=r"would not bring back model.layers.1.self_attn.scaling = 7"):
+        prune_layers(odd, [1])
+    with skip_layers(odd, [1]), pytest.raises(ValueError, match="leave skip_layers first"):
+        prune_layers(odd, [2])

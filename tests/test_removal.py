@@ -1,4 +1,5 @@
 """What is left without some layers: the same items for every choice, by hand, and after a kill."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,8 +22,17 @@ def sets():
     "Five random Llama blocks with the bundled tokenizer, two texts, questions and words."
     tokenizer = load_model()[1]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-                                         vocab_size=len(tokenizer), initializer_range=.15)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            vocab_size=len(tokenizer),
+            initializer_range=0.15,
+        )
+    ).eval()
     return model, tokenizer, TEXTS, load_questions("atlas", n=6), load_sentences("words", n=8)
 
 
@@ -35,7 +45,8 @@ def items(sets):
 def test_items_are_those_of_the_model_without_the_layers(sets, items):
     model, tokenizer, texts, questions, words = sets
     assert items.loc["one"].groupby("measure").size().to_dict() == dict(perplexity=2, questions=6, sentiment=8)
-    with skip_layers(model, [2]): right = answer_questions(model, tokenizer, questions)
+    with skip_layers(model, [2]):
+        right = answer_questions(model, tokenizer, questions)
     assert items.loc[("one", "questions")].value.tolist() == right.correct.tolist()
     pd.testing.assert_frame_equal(items.loc["one"], items.loc["same"])
     assert not np.allclose(*(items.loc[(name, "perplexity")].value for name in ("one", "half")))
@@ -45,69 +56,92 @@ def test_items_are_those_of_the_model_without_the_layers(sets, items):
 def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
     model, tokenizer, *data = sets
     plain, begun = avss_nb.pruning._measure_items, []
+
     def measure(*args):
         begun.append(args[5])
-        if len(begun) == 2: raise KeyboardInterrupt
+        if len(begun) == 2:
+            raise KeyboardInterrupt
         return plain(*args)
+
     monkeypatch.setattr(avss_nb.pruning, "_measure_items", measure)
-    with pytest.raises(KeyboardInterrupt): measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["without-nothing.csv"]
     resumed = measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
-    assert begun == [(), (2,), (2,), ("mlp.1",)]                 # the whole model once, equal choices once
+    assert begun == [(), (2,), (2,), ("mlp.1",)]  # the whole model once, equal choices once
     pd.testing.assert_frame_equal(resumed, items, check_exact=True)
 
 
 def test_wrong_choices_are_refused_before_anything_runs(sets, monkeypatch):
     model, tokenizer, *data = sets
     monkeypatch.setattr(avss_nb.pruning, "_measure_items", lambda *args: pytest.fail("work was begun"))
-    with pytest.raises(ValueError, match="no layer 5"): measure_removal(model, tokenizer, dict(whole=[], wrong=[5]), *data)
+    with pytest.raises(ValueError, match="no layer 5"):
+        measure_removal(model, tokenizer, dict(whole=[], wrong=[5]), *data)
 
 
 def made(nll: list[float], right: list[float], tokens=(10, 30)) -> pd.DataFrame:
     "Items of one choice."
-    rows = [("perplexity", i, v, n) for i, (v, n) in enumerate(zip(nll, tokens))] + [("questions", i, v, np.nan) for i, v in enumerate(right)]
+    rows = [("perplexity", i, v, n) for i, (v, n) in enumerate(zip(nll, tokens))] + [
+        ("questions", i, v, np.nan) for i, v in enumerate(right)
+    ]
     return pd.DataFrame(rows, columns=["measure", "item", "value", "tokens"]).assign(removes="").set_index("measure")
 
 
 def test_differences_by_hand():
-    both = pd.concat(dict(a=made([10., 60], [1, 1, 0, 1]), b=made([20., 90], [1, 0, 0, 0])), names=["choice"])
+    both = pd.concat(dict(a=made([10.0, 60], [1, 1, 0, 1]), b=made([20.0, 90], [1, 0, 0, 0])), names=["choice"])
     found = paired_difference(both, "a", ["b", "a"])
-    assert found.difference["perplexity", "b"] == pytest.approx((10 + 30) / 40)                  # nats a token
-    assert found.difference["questions", "b"] == pytest.approx(.5)
+    assert found.difference["perplexity", "b"] == pytest.approx((10 + 30) / 40)  # nats a token
+    assert found.difference["questions", "b"] == pytest.approx(0.5)
     assert (found.xs("a", level="other") == 0).all(axis=None)
     back = paired_difference(both, "b", ["a"])
     np.testing.assert_allclose(back.difference, -found.xs("b", level="other").difference)
-    np.testing.assert_allclose(back.low, -found.xs("b", level="other").high, atol=.26)             # other draws of four items
-    assert found.low["perplexity", "b"] == pytest.approx(1) and found.high["perplexity", "b"] == pytest.approx(1)   # 10/10 and 30/30
+    np.testing.assert_allclose(back.low, -found.xs("b", level="other").high, atol=0.26)  # other draws of four items
+    assert found.low["perplexity", "b"] == pytest.approx(1) and found.high["perplexity", "b"] == pytest.approx(
+        1
+    )  # 10/10 and 30/30
 
 
 def test_pairs_keep_what_items_share():
     "Two choices that are right on the same half of the questions differ nowhere, however wide each one's own interval is."
-    right = [1., 0] * 20
-    both = pd.concat(dict(a=made([1., 2], right), b=made([1., 2], right)), names=["choice"])
+    right = [1.0, 0] * 20
+    both = pd.concat(dict(a=made([1.0, 2], right), b=made([1.0, 2], right)), names=["choice"])
     assert (paired_difference(both, "a", ["b"])[["low", "high"]] == 0).all(axis=None)
 
 
 def test_different_items_are_no_pairs():
-    short = made([1., 2], [1, 0])
-    both = pd.concat(dict(a=made([1., 2], [1, 0, 1]), b=short), names=["choice"])
-    with pytest.raises(ValueError, match="different items"): paired_difference(both, "a", ["b"])
+    short = made([1.0, 2], [1, 0])
+    both = pd.concat(dict(a=made([1.0, 2], [1, 0, 1]), b=short), names=["choice"])
+    with pytest.raises(ValueError, match="different items"):
+        paired_difference(both, "a", ["b"])
 
 
 def test_retention_table_by_hand():
-    sentiment = lambda right: pd.DataFrame(dict(measure="sentiment", item=range(4), value=right, tokens=np.nan, removes="")).set_index("measure")
-    both = pd.concat(dict(whole=pd.concat([made([10., 30], [1, 1, 1, 0]), sentiment([1., 1, 1, 1])]),
-                          cut=pd.concat([made([20., 60], [1, 1, 0, 0]), sentiment([1., 1, 1, 0])])), names=["choice"])
-    table = retention_table(both, chance=.25)
-    assert table.perplexity["cut"] == pytest.approx(np.exp(2)) and table.perplexity_retained["cut"] == pytest.approx(np.exp(-1))
-    assert table.questions_raw["cut"] == pytest.approx(.5 / .75) and table.questions_corrected["cut"] == pytest.approx(.25 / .5)
-    assert table.sentiment_corrected["cut"] == pytest.approx(.5) and table.questions_corrected["whole"] == 1
+    sentiment = lambda right: pd.DataFrame(
+        dict(measure="sentiment", item=range(4), value=right, tokens=np.nan, removes="")
+    ).set_index("measure")
+    both = pd.concat(
+        dict(
+            whole=pd.concat([made([10.0, 30], [1, 1, 1, 0]), sentiment([1.0, 1, 1, 1])]),
+            cut=pd.concat([made([20.0, 60], [1, 1, 0, 0]), sentiment([1.0, 1, 1, 0])]),
+        ),
+        names=["choice"],
+    )
+    table = retention_table(both, chance=0.25)
+    assert table.perplexity["cut"] == pytest.approx(np.exp(2)) and table.perplexity_retained["cut"] == pytest.approx(
+        np.exp(-1)
+    )
+    assert table.questions_raw["cut"] == pytest.approx(0.5 / 0.75) and table.questions_corrected[
+        "cut"
+    ] == pytest.approx(0.25 / 0.5)
+    assert table.sentiment_corrected["cut"] == pytest.approx(0.5) and table.questions_corrected["whole"] == 1
 
 
 def test_no_ability_cannot_be_retained():
-    sentiment = pd.DataFrame(dict(measure="sentiment", item=range(4), value=[1., 0, 1, 0], tokens=np.nan, removes="")).set_index("measure")
-    both = pd.concat(dict(whole=pd.concat([made([10., 30], [1, 1, 1, 0]), sentiment])), names=["choice"])
-    assert np.isnan(retention_table(both, chance=.25).sentiment_corrected["whole"])
+    sentiment = pd.DataFrame(
+        dict(measure="sentiment", item=range(4), value=[1.0, 0, 1, 0], tokens=np.nan, removes="")
+    ).set_index("measure")
+    both = pd.concat(dict(whole=pd.concat([made([10.0, 30], [1, 1, 1, 0]), sentiment])), names=["choice"])
+    assert np.isnan(retention_table(both, chance=0.25).sentiment_corrected["whole"])
 
 
 def test_chance_counts_each_questions_options():
@@ -116,8 +150,12 @@ def test_chance_counts_each_questions_options():
 
 
 def test_errors_while_making_are_the_makers_own(tmp_path):
-    def missing(): raise FileNotFoundError("no such benchmark")
-    with pytest.raises(FileNotFoundError, match="^no such benchmark"): stored_table(tmp_path/"a.csv", missing)
-    (tmp_path/"file").write_text("")
-    with pytest.raises(OSError, match="cannot write"): write_whole(tmp_path/"file"/"a.csv", lambda part: part.write_text(""))
+    def missing():
+        raise FileNotFoundError("no such benchmark")
+
+    with pytest.raises(FileNotFoundError, match="^no such benchmark"):
+        stored_table(tmp_path / "a.csv", missing)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write"):
+        write_whole(tmp_path / "file" / "a.csv", lambda part: part.write_text(""))
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

@@ -1,4 +1,5 @@
 """The site builds, and each of its pages reads in a browser without a network."""
+
 import functools
 import http.server
 import re
@@ -19,14 +20,15 @@ PAGES = [re.sub(r"^\d+[a-z]?_", "", chapter.stem) + ".html" for chapter in chapt
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
     "The built site: its folder."
-    out = tmp_path_factory.mktemp("site")/"docs"
-    build = subprocess.run([sys.executable, NBS/"_site.py", "--out", out], cwd=ROOT, capture_output=True, text=True)
+    out = tmp_path_factory.mktemp("site") / "docs"
+    build = subprocess.run([sys.executable, NBS / "_site.py", "--out", out], cwd=ROOT, capture_output=True, text=True)
     assert build.returncode == 0, build.stdout[-2000:] + build.stderr[-6000:]
     assert "smalldocs:" not in build.stderr and "Traceback" not in build.stderr, build.stderr
     return out
@@ -47,20 +49,26 @@ def test_page_reads_well(browser, url, page):
 
 
 def test_page_reads_well_from_the_disk(browser, site):
-    assert check_page(browser, (site/"index.html").as_uri()) == []
+    assert check_page(browser, (site / "index.html").as_uri()) == []
 
 
 def test_links_lead_somewhere(site):
     dead = []
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
-        if f"]({get_config().doc_host}" in text: dead.append(f"{page.name} shows a link as Markdown")
+        if f"]({get_config().doc_host}" in text:
+            dead.append(f"{page.name} shows a link as Markdown")
         for href in re.findall(r'<a [^>]*?href="([^"]+)"', text):
             link = urlsplit(href)
-            if link.scheme or link.netloc: continue
-            target = (page.parent/unquote(link.path)).resolve() if link.path else page
-            if not target.is_file(): dead.append(f"{page.name}: {href}")
-            elif link.fragment and not re.search(rf'(?:id|name)="{re.escape(unquote(link.fragment))}"', target.read_text(encoding="utf-8")): dead.append(f"{page.name}: {href}")
+            if link.scheme or link.netloc:
+                continue
+            target = (page.parent / unquote(link.path)).resolve() if link.path else page
+            if not target.is_file():
+                dead.append(f"{page.name}: {href}")
+            elif link.fragment and not re.search(
+                rf'(?:id|name)="{re.escape(unquote(link.fragment))}"', target.read_text(encoding="utf-8")
+            ):
+                dead.append(f"{page.name}: {href}")
     assert not dead, "\n".join(dead)
 
 

@@ -1,4 +1,5 @@
 "The command `avss_study`, from a model folder to a report, on a tiny random model."
+
 import json
 import re
 import signal
@@ -20,8 +21,35 @@ from avss_nb.models import load_model
 from avss_nb.study import ANSWER_TABLES, Settings, load_study, main, memory_in_words, run_study, wrong_answers
 from tiny import tiny
 
-SMALL = ["--passages", "8", "--questions", "12", "--sentences", "12", "--max-length", "48", "--heal-steps", "2", "--tune-steps", "2", "--sparsity", ".5"]
-TABLES = ["profile", "scores", "removal", "sensitivity", "certainty", "settled", "answers", "prone", "detectors", "tuned", "sparse"]
+SMALL = [
+    "--passages",
+    "8",
+    "--questions",
+    "12",
+    "--sentences",
+    "12",
+    "--max-length",
+    "48",
+    "--heal-steps",
+    "2",
+    "--tune-steps",
+    "2",
+    "--sparsity",
+    ".5",
+]
+TABLES = [
+    "profile",
+    "scores",
+    "removal",
+    "sensitivity",
+    "certainty",
+    "settled",
+    "answers",
+    "prone",
+    "detectors",
+    "tuned",
+    "sparse",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +57,40 @@ def model_folder(tmp_path_factory):
     "Eight random Llama blocks with the bundled tokenizer."
     folder, tokenizer = tmp_path_factory.mktemp("model"), load_model()[1]
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-                         vocab_size=len(tokenizer))
-    for part in (LlamaForCausalLM(config), tokenizer): part.save_pretrained(folder)
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=len(tokenizer),
+    )
+    for part in (LlamaForCausalLM(config), tokenizer):
+        part.save_pretrained(folder)
     return folder
 
 
 def command(model_folder, out):
-    return [sys.executable, "-c", "import sys; from avss_nb.study import main; sys.exit(main())", str(model_folder), "--out", str(out), *SMALL]
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from avss_nb.study import main; sys.exit(main())",
+        str(model_folder),
+        "--out",
+        str(out),
+        *SMALL,
+    ]
 
 
 @pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory):
     "A finished study and what the command printed."
-    out = tmp_path_factory.mktemp("study")/"results"
+    out = tmp_path_factory.mktemp("study") / "results"
     return out, subprocess.run(command(model_folder, out), capture_output=True, text=True)
 
 
 def tables(out):
-    return {name: pd.read_csv(out/f"{name}.csv", dtype={"removes": str}) for name in TABLES}
+    return {name: pd.read_csv(out / f"{name}.csv", dtype={"removes": str}) for name in TABLES}
 
 
 def test_command_writes_the_results_folder(finished):
@@ -55,15 +98,28 @@ def test_command_writes_the_results_folder(finished):
     assert run.returncode == 0, run.stderr
     assert "report.html" in run.stdout and "leave one out" in run.stderr
     names = {p.name for p in out.iterdir()}
-    assert names >= {"report.ipynb", "report.html", "results.json", "settings.json", "stats.safetensors", *(f"{t}.csv" for t in TABLES)}
-    assert {f"figure-{n}.{kind}" for n in ("profile", "retention", "certainty", "sensitivity", "tuned", "sparse") for kind in ("png", "svg")} <= names
+    assert names >= {
+        "report.ipynb",
+        "report.html",
+        "results.json",
+        "settings.json",
+        "stats.safetensors",
+        *(f"{t}.csv" for t in TABLES),
+    }
+    assert {
+        f"figure-{n}.{kind}"
+        for n in ("profile", "retention", "certainty", "sensitivity", "tuned", "sparse")
+        for kind in ("png", "svg")
+    } <= names
     assert not [p for p in out.rglob("*.part")]
 
 
 def test_the_memory_it_takes_is_said_first(finished):
     out, run = finished
     assert "Memory" not in run.stdout
-    before, planned, after = re.split(r"(?m)^(Memory: 0\.\d\d GB of weights; .* at work on statistics, .* on leave-one-out .* are free)$", run.stderr)
+    before, planned, after = re.split(
+        r"(?m)^(Memory: 0\.\d\d GB of weights; .* at work on statistics, .* on leave-one-out .* are free)$", run.stderr
+    )
     assert planned and "reading layers" in after and "Loading" not in before
 
 
@@ -72,24 +128,39 @@ def test_memory_of_the_bundled_model(monkeypatch, capsys, tmp_path, free, warned
     "Before anything is measured; more than is free is a warning, no refusal."
     monkeypatch.setattr(avss_nb.study, "_free", lambda settings: free)
     monkeypatch.setattr(avss_nb.study, "measure", lambda *args: (_ for _ in ()).throw(OSError("measured")))
-    assert main(["smollm2-135m", "--out", str(tmp_path/"out")]) == 2
+    assert main(["smollm2-135m", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     first, *rest, last = said.err.splitlines()
-    assert first.startswith("Memory: 0.54 GB of weights; 0.59 GB at work on statistics, 0.85 GB on leave-one-out") and last == "avss_study: measured" and not said.out
+    assert (
+        first.startswith("Memory: 0.54 GB of weights; 0.59 GB at work on statistics, 0.85 GB on leave-one-out")
+        and last == "avss_study: measured"
+        and not said.out
+    )
     assert len(rest) == warned and all(line.startswith("Warning: that is more than is free") for line in rest)
 
 
 def test_memory_of_a_mixture_of_experts_is_not_planned(tmp_path):
-    MixtralConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, vocab_size=100).save_pretrained(tmp_path)
-    assert memory_in_words(Settings(str(tmp_path))).startswith("Memory: no plan for this model (no 'down' found in MixtralDecoderLayer")
+    MixtralConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        vocab_size=100,
+    ).save_pretrained(tmp_path)
+    assert memory_in_words(Settings(str(tmp_path))).startswith(
+        "Memory: no plan for this model (no 'down' found in MixtralDecoderLayer"
+    )
 
 
 def test_results_are_plain_numbers(finished):
     out, _ = finished
-    results = json.loads((out/"results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    results = json.loads(
+        (out / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
     assert results["n_layers"] == 8 and len(results["damage"]) == 8 and len(results["removal"]["avss"]["removes"]) == 2
     assert results["versions"]["torch"] == torch.__version__ and results["device"] and results["settings"]["seed"] == 0
-    assert load_file(out/"stats.safetensors")["output.hist"].shape == (8, 8192)
+    assert load_file(out / "stats.safetensors")["output.hist"].shape == (8, 8192)
 
 
 def test_the_healed_model_stands_beside_the_others(finished):
@@ -97,34 +168,56 @@ def test_the_healed_model_stands_beside_the_others(finished):
     study = load_study(out)
     healed, pruned = (study.removal.loc[m] for m in ("avss_healed", "avss"))
     assert healed.removes == pruned.removes and healed.perplexity != pruned.perplexity
-    assert "After 2 steps of distillation" in (out/"report.html").read_text() and not (out/"healing").exists()
+    assert "After 2 steps of distillation" in (out / "report.html").read_text() and not (out / "healing").exists()
 
 
 def test_contrastive_training_stands_beside_the_untouched_model(finished):
     out, _ = finished
     study = load_study(out)
-    assert [*study.tuned.index.unique("arm")] == ["language-model term alone", "last", "random", "untouched"]          # no right answers: nothing to rank by
+    assert [*study.tuned.index.unique("arm")] == [
+        "language-model term alone",
+        "last",
+        "random",
+        "untouched",
+    ]  # no right answers: nothing to rank by
     blocks_ = study.tuned.blocks.groupby("arm").first()
-    assert blocks_["last"] == blocks_["language-model term alone"] == "7" and len(blocks_["random"].split("; ")) == 2 and set(study.tuned.n) == {8, 12}
+    assert (
+        blocks_["last"] == blocks_["language-model term alone"] == "7"
+        and len(blocks_["random"].split("; ")) == 2
+        and set(study.tuned.n) == {8, 12}
+    )
     ahead = study.tuned.value.loc["atlas", "ahead"]
-    assert ahead.nunique() == 4 and "Fewer wrong answers" in (out/"report.html").read_text() and not (out/"tuning").exists()
+    assert (
+        ahead.nunique() == 4
+        and "Fewer wrong answers" in (out / "report.html").read_text()
+        and not (out / "tuning").exists()
+    )
 
 
 def test_questions_that_do_not_fit_the_window():
     "Tables without rows, which `measure` can store."
-    tokenizer, data = load_model()[1], dict(questions=load_questions("atlas", n=2), examples=load_questions("atlas", split="train", n=4))
+    tokenizer, data = (
+        load_model()[1],
+        dict(questions=load_questions("atlas", n=2), examples=load_questions("atlas", split="train", n=4)),
+    )
     found = wrong_answers(tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=48), tokenizer, data, seed=0)
-    assert {name: [*table.index.names] for name, table in found.items()} == {name: [index] if isinstance(index, str) else index for name, index in ANSWER_TABLES.items()}
-    assert {name: [*table.columns] for name, table in found.items()} == dict(answers=["asked"], prone=["value", "low", "high", "p", "q"], detectors=["auroc", "auroc_low", "auroc_high"])
+    assert {name: [*table.index.names] for name, table in found.items()} == {
+        name: [index] if isinstance(index, str) else index for name, index in ANSWER_TABLES.items()
+    }
+    assert {name: [*table.columns] for name, table in found.items()} == dict(
+        answers=["asked"], prone=["value", "low", "high", "p", "q"], detectors=["auroc", "auroc_low", "auroc_high"]
+    )
     assert not any(map(len, found.values()))
 
 
 def test_report_reads_well_in_a_browser(finished, browser):
     out, _ = finished
-    assert check_page(browser, (out/"report.html").as_uri()) == []
+    assert check_page(browser, (out / "report.html").as_uri()) == []
     assert "Which layers matter" in browser.page_source and browser.page_source.count("<img") == 6
-    report = nbformat.read(out/"report.ipynb", as_version=4)
-    assert not any(o.output_type in ("error", "stream") for c in report.cells if c.cell_type == "code" for o in c.outputs)
+    report = nbformat.read(out / "report.ipynb", as_version=4)
+    assert not any(
+        o.output_type in ("error", "stream") for c in report.cells if c.cell_type == "code" for o in c.outputs
+    )
 
 
 def test_second_run_measures_nothing_again(finished, model_folder):
@@ -136,13 +229,15 @@ def test_second_run_measures_nothing_again(finished, model_folder):
 
 def test_killed_study_resumes_to_the_same_tables(finished, model_folder, tmp_path):
     "Killed as soon as the first losses are stored, then run again."
-    out, whole = tmp_path/"results", tables(finished[0])
+    out, whole = tmp_path / "results", tables(finished[0])
     process = subprocess.Popen(command(model_folder, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not list(out.glob("losses/*.csv")) and process.poll() is None: time.sleep(.02)
+    while not list(out.glob("losses/*.csv")) and process.poll() is None:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (out/"results.json").exists()
+    assert process.wait() == -signal.SIGKILL and not (out / "results.json").exists()
     assert subprocess.run(command(model_folder, out), capture_output=True).returncode == 0
-    for name, table in tables(out).items(): pd.testing.assert_frame_equal(table, whole[name], rtol=1e-6)
+    for name, table in tables(out).items():
+        pd.testing.assert_frame_equal(table, whole[name], rtol=1e-6)
 
 
 def test_whole_model_is_the_yardstick(finished):
@@ -153,8 +248,10 @@ def test_whole_model_is_the_yardstick(finished):
 
 
 def test_other_settings_do_not_mix(finished, model_folder):
-    with pytest.raises(ValueError, match="holds a run with .*questions=12"): run_study(str(model_folder), finished[0])
+    with pytest.raises(ValueError, match="holds a run with .*questions=12"):
+        run_study(str(model_folder), finished[0])
 
 
 def test_unfinished_study_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no finished study"): load_study(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no finished study"):
+        load_study(tmp_path)

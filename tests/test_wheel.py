@@ -1,4 +1,5 @@
 """The wheel is all that a user needs: it is built, checked, unpacked elsewhere, and its commands run from there, without the repository and its notebooks."""
+
 import shutil
 import sys
 import tarfile
@@ -14,39 +15,67 @@ from conftest import NBS, ROOT, run
 def wheel(tmp_path_factory) -> Path:
     "Built from a copy of the tracked files that make the package."
     copy = tmp_path_factory.mktemp("source")
-    for name in ("avss_nb", "nbs"): shutil.copytree(ROOT/name, copy/name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results", "images"))
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT/name, copy/name)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", copy/"dist", cwd=copy)
-    made, = (copy/"dist").glob("*.whl")
+    for name in ("avss_nb", "nbs"):
+        shutil.copytree(
+            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results", "images")
+        )
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", copy / "dist", cwd=copy)
+    (made,) = (copy / "dist").glob("*.whl")
     return made
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-warn-script-location", "--target", folder, wheel, cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-warn-script-location",
+        "--target",
+        folder,
+        wheel,
+        cwd=folder,
+    )
     return folder
 
 
 def test_wheel_and_sdist_carry_the_study_notebook(wheel):
-    study = (NBS/"30_study.ipynb").read_bytes()
+    study = (NBS / "30_study.ipynb").read_bytes()
     with zipfile.ZipFile(wheel) as z:
         assert z.read("avss_nb/30_study.ipynb") == study
         entry_points = z.read(next(n for n in z.namelist() if n.endswith("entry_points.txt"))).decode()
-    assert "avss_study = avss_nb.study:main" in entry_points and "avss_prune = avss_nb.shipping:main" in entry_points and "avss_nb = avss_nb._modidx:d" in entry_points
-    sdist, = wheel.parent.glob("*.tar.gz")
+    assert (
+        "avss_study = avss_nb.study:main" in entry_points
+        and "avss_prune = avss_nb.shipping:main" in entry_points
+        and "avss_nb = avss_nb._modidx:d" in entry_points
+    )
+    (sdist,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(sdist) as t:
         name = next(n for n in t.getnames() if n.endswith("/avss_nb/30_study.ipynb"))
         assert t.getmember(name).isfile() and t.extractfile(name).read() == study
 
 
 def test_the_index_takes_it(wheel):
-    assert run(sys.executable, "-m", "twine", "check", "--strict", *sorted(wheel.parent.iterdir()), cwd=wheel.parent).count("PASSED") == 2
+    assert (
+        run(
+            sys.executable, "-m", "twine", "check", "--strict", *sorted(wheel.parent.iterdir()), cwd=wheel.parent
+        ).count("PASSED")
+        == 2
+    )
 
 
 def test_it_carries_the_package_and_one_notebook(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"avss_nb/{p.name}" for p in (ROOT/"avss_nb").iterdir() if p.suffix in (".py", ".ipynb")} == {n for n in names if ".dist-info/" not in n}
+    assert {f"avss_nb/{p.name}" for p in (ROOT / "avss_nb").iterdir() if p.suffix in (".py", ".ipynb")} == {
+        n for n in names if ".dist-info/" not in n
+    }
     assert any(n.endswith("LICENSE") for n in names)
 
 
@@ -60,14 +89,22 @@ sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f).lower()]
 
 def test_it_runs_where_the_repository_is_not(installed, tmp_path):
     "Imported from where it was unpacked, from another folder; the repository's own copy is not there to be found."
-    code = AWAY + "from avss_nb.metrics import avss; import avss_nb; print(avss_nb.__file__); print(sum((Path(p)/'nbs').is_dir() for p in sys.path))"
+    code = (
+        AWAY
+        + "from avss_nb.metrics import avss; import avss_nb; print(avss_nb.__file__); print(sum((Path(p)/'nbs').is_dir() for p in sys.path))"
+    )
     file, found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()
     assert Path(file).is_relative_to(installed) and found == "0"
 
 
-@pytest.mark.parametrize("command, says", [("avss_study", "Study the layers of a language model"), ("avss_prune", "Take the least important layers")])
+@pytest.mark.parametrize(
+    "command, says",
+    [("avss_study", "Study the layers of a language model"), ("avss_prune", "Take the least important layers")],
+)
 def test_its_commands_run(installed, tmp_path, command, says):
-    assert says in " ".join(run(sys.executable, installed/"bin"/command, "--help", cwd=tmp_path, PYTHONPATH=str(installed)).split())
+    assert says in " ".join(
+        run(sys.executable, installed / "bin" / command, "--help", cwd=tmp_path, PYTHONPATH=str(installed)).split()
+    )
 
 
 def test_its_report_is_made_from_the_notebook_inside(installed, tmp_path):

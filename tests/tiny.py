@@ -1,4 +1,5 @@
 """Tiny random models of many families, and batches for them, with no downloads."""
+
 from copy import deepcopy
 
 import pytest
@@ -9,17 +10,35 @@ from torch import nn
 from avss_nb.models import blocks
 
 FAMILIES = dict(
-    llama=dict(num_key_value_heads=2), qwen3=dict(num_key_value_heads=2, head_dim=8),
-    gemma3_text=dict(num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]),
-    gpt2=dict(n_embd=32, n_layer=5, n_head=4, n_positions=64), gpt_neox=dict(max_position_embeddings=64),
-    opt=dict(ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64), bert=dict(max_position_embeddings=64))
-MORE_FAMILIES = dict(   # for what concerns scores
-    mistral=dict(num_key_value_heads=2, sliding_window=4), qwen2=dict(num_key_value_heads=2), phi3=dict(num_key_value_heads=2),
-    gemma2=dict(num_key_value_heads=2, head_dim=8, sliding_window=4), gptj=dict(n_embd=32, n_layer=5, n_head=4, rotary_dim=4, n_positions=64),
-    bloom=dict(n_layer=5, n_head=4), falcon=dict(new_decoder_architecture=False), stablelm=dict(num_key_value_heads=2), olmo2=dict(num_key_value_heads=2),
-    mixtral=dict(num_key_value_heads=2, num_local_experts=4), qwen3_moe=dict(num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-    mamba=dict(), distilbert=dict(dim=32, n_layers=5, n_heads=4, hidden_dim=64, max_position_embeddings=64),
-    t5=dict(d_model=32, num_layers=5, num_heads=4, d_ff=64, d_kv=8))
+    llama=dict(num_key_value_heads=2),
+    qwen3=dict(num_key_value_heads=2, head_dim=8),
+    gemma3_text=dict(
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    ),
+    gpt2=dict(n_embd=32, n_layer=5, n_head=4, n_positions=64),
+    gpt_neox=dict(max_position_embeddings=64),
+    opt=dict(ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64),
+    bert=dict(max_position_embeddings=64),
+)
+MORE_FAMILIES = dict(  # for what concerns scores
+    mistral=dict(num_key_value_heads=2, sliding_window=4),
+    qwen2=dict(num_key_value_heads=2),
+    phi3=dict(num_key_value_heads=2),
+    gemma2=dict(num_key_value_heads=2, head_dim=8, sliding_window=4),
+    gptj=dict(n_embd=32, n_layer=5, n_head=4, rotary_dim=4, n_positions=64),
+    bloom=dict(n_layer=5, n_head=4),
+    falcon=dict(new_decoder_architecture=False),
+    stablelm=dict(num_key_value_heads=2),
+    olmo2=dict(num_key_value_heads=2),
+    mixtral=dict(num_key_value_heads=2, num_local_experts=4),
+    qwen3_moe=dict(num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+    mamba=dict(),
+    distilbert=dict(dim=32, n_layers=5, n_heads=4, hidden_dim=64, max_position_embeddings=64),
+    t5=dict(d_model=32, num_layers=5, num_heads=4, d_ff=64, d_kv=8),
+)
 VOCABULARY = 99
 
 
@@ -34,10 +53,23 @@ def one_thread():
 
 def tiny(family: str, **changes):
     "A random model with a language-model head: five blocks of width 32 with weights large enough to matter."
-    sizes = dict(hidden_size=32, num_hidden_layers=5, num_attention_heads=4, intermediate_size=64, vocab_size=VOCABULARY, pad_token_id=1,
-                 bos_token_id=2, eos_token_id=2, initializer_range=.15)
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=64,
+        vocab_size=VOCABULARY,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+        initializer_range=0.15,
+    )
     config = transformers.AutoConfig.for_model(family, **(sizes | (FAMILIES | MORE_FAMILIES).get(family, {}) | changes))
-    auto = dict(bert=transformers.AutoModelForMaskedLM, distilbert=transformers.AutoModelForMaskedLM, t5=transformers.AutoModelForTextEncoding).get(family, transformers.AutoModelForCausalLM)
+    auto = dict(
+        bert=transformers.AutoModelForMaskedLM,
+        distilbert=transformers.AutoModelForMaskedLM,
+        t5=transformers.AutoModelForTextEncoding,
+    ).get(family, transformers.AutoModelForCausalLM)
     torch.manual_seed(0)
     return auto.from_config(config).eval()
 
@@ -56,23 +88,35 @@ def without(model, layers):
     "A copy of the model that is built without some of its blocks."
     shorter = deepcopy(model)
     pile, config = blocks(shorter), shorter.config
-    if 0 in layers and hasattr(pile[0], "layer") and (bias := getattr(getattr(pile[0].layer[0], "SelfAttention", None), "relative_attention_bias", None)):   # T5's, for all blocks
+    if (
+        0 in layers
+        and hasattr(pile[0], "layer")
+        and (bias := getattr(getattr(pile[0].layer[0], "SelfAttention", None), "relative_attention_bias", None))
+    ):  # T5's, for all blocks
         heir = pile[min(set(range(len(pile))) - set(layers))].layer[0].SelfAttention
         heir.relative_attention_bias, heir.has_relative_attention_bias = bias, True
-    for layer in sorted(layers, reverse=True): del pile[layer]
+    for layer in sorted(layers, reverse=True):
+        del pile[layer]
     for index, block in enumerate(pile):
         for part in block.modules():
-            if hasattr(part, "layer_idx"): part.layer_idx = index
-    if "layer_types" in vars(config) and config.layer_types: config.layer_types = [t for i, t in enumerate(config.layer_types) if i not in layers]
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = index
+    if "layer_types" in vars(config) and config.layer_types:
+        config.layer_types = [t for i, t in enumerate(config.layer_types) if i not in layers]
     config.num_hidden_layers = len(pile)
     return shorter
 
 
 class TupleBlock(nn.Module):
     "A block of the older style: a second positional argument, and a tuple (hidden state, attention map) as its result."
+
     def __init__(self, width: int):
         super().__init__()
-        self.attn, self.mlp = nn.Linear(width, width), nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+        self.attn, self.mlp = (
+            nn.Linear(width, width),
+            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)),
+        )
+
     def forward(self, hidden_states, attention_mask=None):
         a = hidden_states + self.attn(hidden_states)
         return a + self.mlp(a), hidden_states.mean(-1)
@@ -80,11 +124,18 @@ class TupleBlock(nn.Module):
 
 class TupleModel(nn.Module):
     "A family that no library knows; its own forward unpacks what a block returns."
+
     def __init__(self, n_layers: int = 4, width: int = 16):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.layers, self.head = nn.Embedding(VOCABULARY, width), nn.ModuleList(TupleBlock(width) for _ in range(n_layers)), nn.Linear(width, VOCABULARY)
+        self.embed, self.layers, self.head = (
+            nn.Embedding(VOCABULARY, width),
+            nn.ModuleList(TupleBlock(width) for _ in range(n_layers)),
+            nn.Linear(width, VOCABULARY),
+        )
+
     def forward(self, input_ids, attention_mask=None):
         hidden = self.embed(input_ids)
-        for layer in self.layers: hidden, attention_map = layer(hidden, attention_mask)
+        for layer in self.layers:
+            hidden, attention_map = layer(hidden, attention_mask)
         return self.head(hidden)
