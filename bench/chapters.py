@@ -1,4 +1,4 @@
-"""Where the time of the chapters and of `make study` goes: `make profile`, or `python bench/chapters.py 06_importance "make study"` for some of them.
+"""Where the time of the chapters and of `make study` goes: `make profile`, or `python bench/chapters.py 23_importance "make study"` for some of them.
 
 Writes chapters.md, the tables, and chapters.json, the numbers behind them. A chapter runs as in `make test`: in a process
 of its own with one thread, as many at once as there are cores. The study runs alone, with all cores, under cProfile.

@@ -106,7 +106,7 @@ def write_readme():
 
 
 def name_pages(proc: Path):
-    "Give each processed notebook the name that Quarto gives its page: 03_metrics.ipynb becomes metrics.ipynb."
+    "Give each processed notebook the name that Quarto gives its page: 13_metrics.ipynb becomes metrics.ipynb."
     names = {p.name: re.sub(r"^\d+[a-zA-Z0-9]*_", "", p.name.lower()) for p in proc.glob("*.ipynb")}
     for path in [*proc.glob("*.ipynb"), proc / "_quarto.yml"]:
         text = path.read_text(encoding="utf-8")

@@ -86,7 +86,7 @@ def check_page(browser, url: str) -> list[str]:
     return problems
 
 
-LONGEST = ("06_importance", "11_decoding", "06b_certainty", "20_study_layers")
+LONGEST = ("23_importance", "35_decoding", "24_certainty", "28_study_layers")
 
 
 def pytest_collection_modifyitems(items):

@@ -156,8 +156,8 @@ def test_a_part_that_was_not_measured_yet_has_no_row(results):
 def test_where_the_time_goes():
     "Sections follow each other and add up; functions hold each other, so the longest is the whole."
     found = {
-        "06_importance": {"Two draws": 70.0, "Removal": 20.4, "Toys": 0.2},
-        "00_models": {"top": 8.0},
+        "23_importance": {"Two draws": 70.0, "Removal": 20.4, "Toys": 0.2},
+        "10_models": {"top": 8.0},
         chapters.STUDY: {"study.run_study": 500.0, "study.measure": 400.0},
     }
     lines = chapters.page(
@@ -167,16 +167,16 @@ def test_where_the_time_goes():
     rows = [line for line in lines if line.startswith("| ")]
     assert rows[1:5] == [
         "| --- | ---: | --- |",
-        "| 00_models | 8 | top (8) |",
-        "| 06_importance | 91 | Two draws (70); Removal (20) |",
+        "| 10_models | 8 | top (8) |",
+        "| 23_importance | 91 | Two draws (70); Removal (20) |",
         "| all | 99 | |",
     ]
     assert "500 seconds under the profiler, alone, with all cores." in lines and rows[-1] == "| `study.measure` | 400 |"
 
 
 def test_a_chapter_is_timed_by_its_sections(capsys):
-    found = chapters.apart("40_glossary", 1)
+    found = chapters.apart("94_glossary", 1)
     assert found and min(found.values()) >= 0 and list(found.values()) == sorted(found.values(), reverse=True)
-    assert capsys.readouterr().out.startswith("40_glossary: ")
+    assert capsys.readouterr().out.startswith("94_glossary: ")
     with pytest.raises(SystemExit, match="99_none does not run"):
         chapters.apart("99_none", 1)

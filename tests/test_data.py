@@ -297,7 +297,7 @@ def test_no_question_is_on_both_sides(name):
 @files
 def test_counts_of_the_chapter():
     "The table that the chapter tells is what the files give."
-    chapter = json.loads((NBS / "01b_benchmarks.ipynb").read_text(encoding="utf-8"))
+    chapter = json.loads((NBS / "90_benchmarks.ipynb").read_text(encoding="utf-8"))
     text = "\n".join("".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == "markdown")
     header, _, *lines = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")

@@ -15,7 +15,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from conftest import NBS, ROOT
 
-CHAPTER = "02_hooks.ipynb"
+CHAPTER = "11_hooks.ipynb"
 
 
 @pytest.fixture

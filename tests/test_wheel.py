@@ -47,9 +47,9 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 def test_wheel_and_sdist_carry_the_study_notebook(wheel):
-    study = (NBS / "30_study.ipynb").read_bytes()
+    study = (NBS / "50_report.ipynb").read_bytes()
     with zipfile.ZipFile(wheel) as z:
-        assert z.read("avss_nb/30_study.ipynb") == study
+        assert z.read("avss_nb/50_report.ipynb") == study
         entry_points = z.read(next(n for n in z.namelist() if n.endswith("entry_points.txt"))).decode()
     assert (
         "avss_study = avss_nb.study:main" in entry_points
@@ -58,7 +58,7 @@ def test_wheel_and_sdist_carry_the_study_notebook(wheel):
     )
     (sdist,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(sdist) as t:
-        name = next(n for n in t.getnames() if n.endswith("/avss_nb/30_study.ipynb"))
+        name = next(n for n in t.getnames() if n.endswith("/avss_nb/50_report.ipynb"))
         assert t.getmember(name).isfile() and t.extractfile(name).read() == study
 
 
