@@ -45,7 +45,7 @@ def section_seconds(path: Path) -> dict[str, float]:
 
 def study_seconds() -> dict[str, float]:
     "Seconds of the package's functions, with what they call, in a study of the bundled model in this process."
-    from avss_nb.study import run_study
+    from avss_nb.report import run_study
 
     with tempfile.TemporaryDirectory() as folder, cProfile.Profile() as profile:
         run_study("smollm2-135m", Path(folder) / "study", os.environ.get("AVSS_NB_DATA"))

@@ -23,11 +23,14 @@ import measure
 from avss_nb.contrastive import FrozenPrefix, contrast_rows, contrastive_tune
 from avss_nb.data import batch_rows, batches, load_questions, load_text
 from avss_nb.eavss import AnswerStats, _answer_sums, answer_stats, hallucination_profile
-from avss_nb.evaluation import option_logprobs, perplexity, row_losses, task_items, text_losses
+from avss_nb.evaluation import option_logprobs, perplexity, row_losses, text_losses
+from avss_nb.tasks import task_items
 from avss_nb.hooks import run_blocks
 from avss_nb.importance import leave_one_out, sleb
 from avss_nb.models import blocks
-from avss_nb.pruning import decoding_cost, healing_loss, prune_layers, skip_layers
+from avss_nb.cost import decoding_cost
+from avss_nb.healing import healing_loss
+from avss_nb.surgery import prune_layers, skip_layers
 from avss_nb.sparsity import make_sparse, mean_sparsity, projection_stats, projections, uniform_plan
 from table import page
 

@@ -22,10 +22,11 @@ from transformers import AutoTokenizer
 import avss_nb.labeling
 import avss_nb.shipping
 import avss_nb.study
-from avss_nb.contrastive import contrastive_tune, run_arms
+from avss_nb.ablations import run_arms
+from avss_nb.contrastive import contrastive_tune
 from avss_nb.labeling import generate_answers
 from avss_nb.models import load_model
-from avss_nb.study import Settings, measure, study_data
+from avss_nb.report import Settings, measure, study_data
 from test_contrastive import QUESTIONS, SHORT, Letters, chosen
 from tiny import tiny
 

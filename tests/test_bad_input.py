@@ -25,8 +25,9 @@ from avss_nb.data import batches, load_questions, load_sentences, load_text
 from avss_nb.importance import block_influence, leave_one_out, removal_losses
 from avss_nb.metrics import LayerStats, avss, collect_stats, navss, sparsity
 from avss_nb.models import blocks, convert_gguf, load_model
-from avss_nb.pruning import select_layers, skip_layers
-from avss_nb.study import main, run_study
+from avss_nb.pruning import select_layers
+from avss_nb.surgery import skip_layers
+from avss_nb.report import main, run_study
 from tiny import batch_of, one_thread, tiny
 
 ROOT = Path(__file__).resolve().parent.parent

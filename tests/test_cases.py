@@ -13,7 +13,8 @@ from avss_nb.hooks import POINTS, model_inputs, read_activations, run_blocks
 from avss_nb.importance import block_influence, layer_scores, leave_one_out
 from avss_nb.metrics import collect_stats, sparsity, variance
 from avss_nb.models import blocks, load_model
-from avss_nb.pruning import PassThrough, check_layers, select_layers, skip_layers
+from avss_nb.pruning import select_layers
+from avss_nb.surgery import PassThrough, check_layers, skip_layers
 from tiny import FAMILIES, batch_of, one_thread, tiny
 
 METHODS = ["avss", "avss_output", "variance", "block_influence"]

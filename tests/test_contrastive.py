@@ -15,27 +15,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from avss_nb.contrastive import (
-    OBJECTIVES,
-    FrozenPrefix,
-    _aligned,
-    _answer_logprobs,
-    _unwrapped,
-    choose_arms,
-    compare_arms,
-    contrast_losses,
-    contrast_rows,
-    contrastive_cosines,
-    contrastive_score,
-    contrastive_tune,
-    info_nce,
-    likelihood_contrast,
-    own_wrong_answers,
-    plot_arms,
-    prototype_loss,
-    run_arms,
-    triplet_loss,
-)
+from avss_nb.ablations import choose_arms, compare_arms, plot_arms, run_arms
+from avss_nb.contrastive import FrozenPrefix, OBJECTIVES, _aligned, _answer_logprobs, _unwrapped, contrast_losses, contrast_rows, contrastive_cosines, contrastive_score, contrastive_tune, info_nce, likelihood_contrast, own_wrong_answers, prototype_loss, triplet_loss
 from avss_nb.evaluation import option_logprobs
 from avss_nb.models import blocks
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny

@@ -13,20 +13,9 @@ import pytest
 from datasets import Dataset
 
 import avss_nb.data
-from avss_nb.data import (
-    QUESTION,
-    QUESTIONS,
-    SENTENCE,
-    count_questions,
-    distractor_kinds,
-    halves,
-    load_questions,
-    load_sentences,
-    load_text,
-    question_key,
-    read_rows,
-    usual_name,
-)
+from avss_nb.benchmarks import count_questions, distractor_kinds, question_key, usual_name
+from avss_nb.data import QUESTION, QUESTIONS, SENTENCE, load_questions, load_sentences, load_text, read_rows
+from avss_nb.importance import halves
 from conftest import NBS
 
 REPOS = dict(

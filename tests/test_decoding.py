@@ -24,7 +24,7 @@ from avss_nb.decoding import (
     majority_vote,
     rerank,
 )
-from avss_nb.evaluation import _cache_name, _cache_of, option_logprobs
+from avss_nb.evaluation import cache_argument, returned_cache, option_logprobs
 from avss_nb.hooks import model_inputs, read_activations
 from avss_nb.labeling import ANSWER, generate_answers
 from avss_nb.models import blocks
@@ -259,10 +259,10 @@ def test_all_blocks_may_be_candidates_and_the_penalty_needs_the_text():
     with layer_contrast(model, range(5)), torch.no_grad():
         model(torch.tensor([[5, 6, 7]]))
     with torch.no_grad():
-        past = _cache_of(model(torch.tensor([[5, 6]]), use_cache=True))
+        past = returned_cache(model(torch.tensor([[5, 6]]), use_cache=True))
     with pytest.raises(ValueError, match="whole text"):
         with layer_contrast(model, 1, repetition_penalty=1.2), torch.no_grad():
-            model(torch.tensor([[7]]), **{_cache_name(model): past})
+            model(torch.tensor([[7]]), **{cache_argument(model): past})
 
 
 def test_answers_are_kept_by_setting(tmp_path):

@@ -19,13 +19,15 @@ import avss_nb.data
 import avss_nb.labeling
 import avss_nb.shipping
 import avss_nb.study
-from avss_nb.contrastive import contrastive_tune, run_arms
-from avss_nb.data import check_folder, claim_folder, stored_table
+from avss_nb.ablations import run_arms
+from avss_nb.contrastive import contrastive_tune
+from avss_nb.runs import check_folder, claim_folder, stored_table
 from avss_nb.labeling import generate_answers
-from avss_nb.models import _content, load_model
-from avss_nb.pruning import _last_checkpoint, heal
+from avss_nb.models import content_key, load_model
+from avss_nb.healing import heal
+from avss_nb.training import last_checkpoint
 from avss_nb.scale import spread_scores
-from avss_nb.study import measure, run_study, study_data
+from avss_nb.report import measure, run_study, study_data
 from conftest import ROOT
 from nursery import ASKED, SMALL
 from test_bad_input import files, model_folder as short_window, small_files, tiny_gguf
@@ -302,9 +304,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, how):
 
     with pytest.raises(KeyboardInterrupt):
         tuned(tmp_path / "out", on_step=stop)
-    assert _last_checkpoint(tmp_path / "out").endswith("checkpoint-3")
+    assert last_checkpoint(tmp_path / "out").endswith("checkpoint-3")
     spoil(tmp_path / "out" / "checkpoint-3" / name, how)
-    assert _last_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+    assert last_checkpoint(tmp_path / "out").endswith("checkpoint-2")
     if how == "cut":
         assert all(
             torch.equal(p, q) for p, q in zip(tuned(tmp_path / "out").parameters(), tuned().parameters(), strict=True)
@@ -427,7 +429,7 @@ def test_notes_of_the_stored_studies_are_accepted():
         assert "content" not in json.loads(note.read_text())["settings"]
     check_folder(
         ROOT / "nbs" / "results" / "study",
-        asdict(avss_nb.study.Settings(heal_steps=40, tune_steps=20, sparsity=0.5)) | _content("smollm2-135m"),
+        asdict(avss_nb.study.Settings(heal_steps=40, tune_steps=20, sparsity=0.5)) | content_key("smollm2-135m"),
     )
 
 

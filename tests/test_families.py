@@ -11,7 +11,7 @@ from avss_nb.hooks import POINTS, model_inputs, read_activations
 from avss_nb.importance import block_influence, layer_scores, leave_one_out
 from avss_nb.metrics import REDUCTIONS, collect_stats, sparsity, variance
 from avss_nb.models import blocks, load_model
-from avss_nb.pruning import PassThrough, skip_layers
+from avss_nb.surgery import PassThrough, skip_layers
 from tiny import FAMILIES, VOCABULARY, TupleModel, batch_of, one_thread, tiny, without
 
 PILE = dict(

@@ -17,24 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as to_bytes
 
-from avss_nb.contrastive import run_arms
-from avss_nb.data import (
-    QUESTION,
-    SENTENCE,
-    check_folder,
-    claim_folder,
-    load_questions,
-    load_sentences,
-    load_text,
-    read_rows,
-    stored_table,
-)
+from avss_nb.ablations import run_arms
+from avss_nb.data import QUESTION, SENTENCE, load_questions, load_sentences, load_text, read_rows
+from avss_nb.runs import check_folder, claim_folder, stored_table
 from avss_nb.eavss import AnswerStats, hsav, answer_stats
 from avss_nb.labeling import _Chunks
 from avss_nb.metrics import LayerStats, collect_stats, variance
 from avss_nb.models import load_model
 from avss_nb.shipping import _own_scores
-from avss_nb.sparsity import measure_plans
+from avss_nb.allocation import measure_plans
 from nursery import _place
 from test_bad_input import model_folder, tiny_gguf
 from test_contrastive import QUESTIONS, Letters

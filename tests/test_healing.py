@@ -14,7 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from avss_nb.models import blocks
-from avss_nb.pruning import _last_checkpoint, decoding_cost, heal, healing_loss, prune_layers
+from avss_nb.cost import decoding_cost
+from avss_nb.healing import heal, healing_loss
+from avss_nb.surgery import prune_layers
+from avss_nb.training import last_checkpoint
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, batch_of, one_thread, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
@@ -130,7 +133,7 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
             break
     first.send_signal(signal.SIGKILL)
     first.wait()
-    assert _last_checkpoint(tmp_path / "cut").endswith("checkpoint-8")
+    assert last_checkpoint(tmp_path / "cut").endswith("checkpoint-8")
     half = tmp_path / "cut" / "checkpoint-12"  # a checkpoint that was being written
     half.mkdir(exist_ok=True)
     second, straight = run(tmp_path / "cut", slow=False), run(tmp_path / "straight", slow=False)

@@ -11,7 +11,7 @@ from avss_nb.hooks import read_activations, run_blocks
 from avss_nb.importance import FROM_STATS, angular_distance, halves, layer_scores, leave_one_out, shapley, sleb, taylor
 from avss_nb.metrics import avss, collect_stats
 from avss_nb.models import blocks
-from avss_nb.pruning import PassThrough, skip_layers
+from avss_nb.surgery import PassThrough, skip_layers
 from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny, without
 
 ALL = [*FAMILIES, *MORE_FAMILIES]

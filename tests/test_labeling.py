@@ -40,7 +40,7 @@ from avss_nb.labeling import (
     similarity_judge,
 )
 from avss_nb.models import load_model
-from avss_nb.pruning import skip_layers
+from avss_nb.surgery import skip_layers
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]

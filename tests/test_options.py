@@ -7,7 +7,7 @@ import torch
 
 from avss_nb.evaluation import _after_prompts, option_logprobs
 from avss_nb.data import batch_rows
-from avss_nb.pruning import skip_layers
+from avss_nb.surgery import skip_layers
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]

@@ -7,10 +7,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import avss_nb.pruning
-from avss_nb.data import load_questions, load_sentences, stored_table, write_whole
+from avss_nb.data import load_questions, load_sentences
+from avss_nb.models import atomic_write
+from avss_nb.runs import stored_table
 from avss_nb.evaluation import answer_questions
 from avss_nb.models import load_model
-from avss_nb.pruning import chance_level, measure_removal, paired_difference, retention_table, skip_layers
+from avss_nb.pruning import chance_level, measure_removal, paired_difference, retention_table
+from avss_nb.surgery import skip_layers
 from tiny import one_thread
 
 TEXTS = ["Water boils at a hundred degrees.", "Ice floats, since it is lighter than the water that it was made of."]
@@ -55,7 +58,7 @@ def test_items_are_those_of_the_model_without_the_layers(sets, items):
 
 def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
     model, tokenizer, *data = sets
-    plain, begun = avss_nb.pruning._measure_items, []
+    plain, begun = avss_nb.pruning.measure_items, []
 
     def measure(*args):
         begun.append(args[5])
@@ -63,7 +66,7 @@ def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(avss_nb.pruning, "_measure_items", measure)
+    monkeypatch.setattr(avss_nb.pruning, "measure_items", measure)
     with pytest.raises(KeyboardInterrupt):
         measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["without-nothing.csv"]
@@ -74,7 +77,7 @@ def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
 
 def test_wrong_choices_are_refused_before_anything_runs(sets, monkeypatch):
     model, tokenizer, *data = sets
-    monkeypatch.setattr(avss_nb.pruning, "_measure_items", lambda *args: pytest.fail("work was begun"))
+    monkeypatch.setattr(avss_nb.pruning, "measure_items", lambda *args: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match="no layer 5"):
         measure_removal(model, tokenizer, dict(whole=[], wrong=[5]), *data)
 
@@ -157,5 +160,5 @@ def test_errors_while_making_are_the_makers_own(tmp_path):
         stored_table(tmp_path / "a.csv", missing)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write"):
-        write_whole(tmp_path / "file" / "a.csv", lambda part: part.write_text(""))
+        atomic_write(tmp_path / "file" / "a.csv", lambda part: part.write_text(""))
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

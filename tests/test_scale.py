@@ -32,7 +32,7 @@ from avss_nb.hooks import input_device
 from avss_nb.importance import angular_distance, layer_scores, leave_one_out, removal_losses
 from avss_nb.metrics import REDUCTIONS, collect_stats
 from avss_nb.models import blocks, load_model
-from avss_nb.pruning import skip_layers
+from avss_nb.surgery import skip_layers
 from avss_nb.scale import (
     _exchange,
     _packed,

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import avss_nb.shipping
 import avss_nb.study
 from avss_nb.models import blocks, load_model
-from avss_nb.pruning import skip_layers
+from avss_nb.surgery import skip_layers
 from avss_nb.shipping import main, prune_to_folder
 from tiny import one_thread
 

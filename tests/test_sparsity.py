@@ -14,35 +14,10 @@ from avss_nb.data import load_questions, load_sentences
 from avss_nb.hooks import model_inputs
 from avss_nb.metrics import N_BINS, LayerStats, magnitude_bins
 from avss_nb.models import blocks, load_model
-from avss_nb.pruning import measure_removal, paired_difference, skip_layers
-from avss_nb.sparsity import (
-    _MOST,
-    RULES,
-    SparseLinear,
-    _column_product,
-    _make_dense,
-    _make_sparse,
-    _random_mask,
-    _sizes,
-    _spectrum,
-    acttail_plan,
-    calibrate_thresholds,
-    greedy_plan,
-    hill_exponent,
-    load_sparse,
-    make_sparse,
-    mean_sparsity,
-    measure_plans,
-    projection_stats,
-    projections,
-    quantile,
-    realised_sparsity,
-    sparse_arms,
-    sparsify,
-    top_k,
-    uniform_plan,
-    weight_exponents,
-)
+from avss_nb.pruning import measure_removal, paired_difference
+from avss_nb.surgery import skip_layers
+from avss_nb.allocation import _MOST, _spectrum, acttail_plan, greedy_plan, hill_exponent, measure_plans, sparse_arms, weight_exponents
+from avss_nb.sparsity import RULES, SparseLinear, _column_product, densify_layer, make_sparse, sparsify_layer, _random_mask, projection_sizes, calibrate_thresholds, load_sparse, make_sparse, mean_sparsity, projection_stats, projections, quantile, realised_sparsity, sparsify, top_k, uniform_plan
 from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
@@ -209,9 +184,9 @@ def test_sparse_map_is_the_dense_map_of_the_masked_input(rule, value, dtype):
         if rule == "top_k"
         else _random_mask(x, 0.5, 7 + 100_003)
     )
-    _make_sparse(linear, rule, value, 7)
+    sparsify_layer(linear, rule, value, 7)
     assert torch.equal(linear(x), expected) and isinstance(linear, nn.Linear)
-    _make_dense(linear)
+    densify_layer(linear)
     assert type(linear) is nn.Linear and not {"rule", "value", "by_column"} & vars(linear).keys()
 
 
@@ -243,7 +218,7 @@ def test_sparsify_leaves_nothing(family):
 
 def test_an_unfinished_entry_is_undone():
     model = tiny("llama")
-    _make_sparse(blocks(model)[3].mlp.down_proj, "top_k", 3)
+    sparsify_layer(blocks(model)[3].mlp.down_proj, "top_k", 3)
     with pytest.raises(ValueError, match="sparse already"):
         with sparsify(model, 0.5, "top_k"):
             pass
@@ -437,7 +412,7 @@ def test_greedy_is_the_reference(lazy):
     model, batch = tiny("llama"), batch_of(9, 4, 6)
     stats, step = projection_stats(model, [batch_of(9, 4, 6, seed=1)]), 0.05
     found = greedy_plan(model, [batch], stats, 0.3, step, lazy=lazy)
-    size, inputs = _sizes(model).iloc[2], {}
+    size, inputs = projection_sizes(model).iloc[2], {}
     block = blocks(model)[2]
     handle = block.register_forward_hook(lambda b, a, k, y: inputs.update(args=a, kwargs=k, y=y), with_kwargs=True)
     out(model.base_model, batch)
@@ -499,8 +474,8 @@ def test_heavier_tails_are_spared(family, share):
     model = tiny(family)
     exponents = weight_exponents(model)
     plan = acttail_plan(model, exponents, share, spread=0.4)
-    assert mean_sparsity(model, plan) * _sizes(model).sum().sum() == pytest.approx(
-        share * _sizes(model).where(exponents.notna()).sum().sum(), rel=1e-6
+    assert mean_sparsity(model, plan) * projection_sizes(model).sum().sum() == pytest.approx(
+        share * projection_sizes(model).where(exponents.notna()).sum().sum(), rel=1e-6
     )
     pairs = pd.DataFrame(dict(a=exponents.stack(), p=plan.stack())).dropna().sort_values("a")
     assert (

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 import avss_nb.study
 from avss_nb.data import load_questions
 from avss_nb.models import load_model
-from avss_nb.study import ANSWER_TABLES, Settings, load_study, main, memory_in_words, run_study, wrong_answers
+from avss_nb.report import ANSWER_TABLES, Settings, load_study, main, memory_in_words, run_study, wrong_answers
 from tiny import tiny
 
 SMALL = [

@@ -8,16 +8,9 @@ import pytest
 import torch
 
 from avss_nb.data import batches, load_questions
-from avss_nb.evaluation import (
-    LOCAL_TASKS,
-    choose,
-    evaluate_tasks,
-    multiple_choice,
-    option_logprobs,
-    summarize_tasks,
-    task_items,
-    text_losses,
-)
+from avss_nb.confidence import multiple_choice
+from avss_nb.evaluation import choose, option_logprobs, text_losses
+from avss_nb.tasks import LOCAL_TASKS, evaluate_tasks, summarize_tasks, task_items
 from avss_nb.models import load_model
 
 DATA = os.environ.get("AVSS_NB_DATA")
@@ -98,7 +91,8 @@ def test_sst2_to_the_item(bundled, items):
 @needs_data
 def test_truthfulqa_to_the_item(bundled, items):
     "The prompt of six examples is the harness's own; MC2 is computed from logarithms here and from probabilities there."
-    from avss_nb.evaluation import _quiet, _task, _task_manager
+    from avss_nb.scale import _quiet
+    from avss_nb.tasks import _task, _task_manager
     from pathlib import Path
 
     with _quiet():
@@ -173,7 +167,7 @@ def test_rows_are_those_of_the_files():
 @needs_data
 def test_examples_in_the_prompt_are_other_questions():
     from pathlib import Path
-    from avss_nb.evaluation import _triviaqa_shots
+    from avss_nb.tasks import _triviaqa_shots
 
     asked = {
         r["question"].casefold()
@@ -198,7 +192,7 @@ def test_the_model_is_left_as_it_was(bundled):
 
 
 def test_it_runs_what_is_skipped(bundled):
-    from avss_nb.pruning import prune_layers, skip_layers
+    from avss_nb.surgery import prune_layers, skip_layers
 
     model, tokenizer = bundled
     with skip_layers(model, [3, 13]):
