@@ -45,7 +45,7 @@ def reliability(
     confidence: Iterable[float],
     correct: Iterable[float],
     n_bins: int = 10,
-) -> pd.DataFrame:  # one row a bin that holds answers: `n`, mean `confidence`, `accuracy`
+) -> pd.DataFrame:  # one row per bin that holds answers: `n`, mean `confidence`, `accuracy`
     "The reliability diagram's numbers; index: the bin's upper end. Errors as in `expected_calibration_error`."
     confidence, correct, place = _bins(confidence, correct, n_bins)
     table = pd.DataFrame(dict(n=1, confidence=confidence, accuracy=correct)).groupby(

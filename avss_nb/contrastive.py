@@ -243,7 +243,7 @@ def _few_logits(model: nn.Module, n: int) -> dict:
 @contextmanager
 def _reading(model: nn.Module, layers: Iterable[int], point: str):
     "Inside, a dict gets each of these layers' activations with their graph; no hook is left."
-    pile, found, handles = blocks(_unwrapped(model)), {}, []
+    model_layers, found, handles = blocks(_unwrapped(model)), {}, []
 
     def put(layer):
         return lambda block, args, kwargs, result: found.update(
@@ -252,7 +252,7 @@ def _reading(model: nn.Module, layers: Iterable[int], point: str):
 
     try:
         for layer in layers:
-            handles.append(pile[layer].register_forward_hook(put(layer), with_kwargs=True))
+            handles.append(model_layers[layer].register_forward_hook(put(layer), with_kwargs=True))
         yield found
     finally:
         for handle in handles:
@@ -286,13 +286,13 @@ def contrast_losses(
     model: nn.Module,
     batch: dict,  # from `_aligned`
     layers: Iterable[int],  # blocks whose states are compared
-    objective: str | None = "info_nce",  # of `OBJECTIVES`; None: the language-model term alone
+    objective: str | None = "info_nce",  # of `OBJECTIVES`; None: the LM loss only
     lm: bool = True,  # the language-model term too
     point: str = "output",  # `output`, `update` or `relative_update`
     pooling: str = "mean",  # of an answer's states, of `POOLINGS`
     temperature: float = None,  # default .1, for `likelihood` 1
     margin: float = 0.2,  # of `triplet`
-) -> dict[str, torch.Tensor]:  # scalars; `lm`: nats a token of the right answers; `contrast`: mean over the layers
+) -> dict[str, torch.Tensor]:  # scalars; `lm`: nats/token of the right answers; `contrast`: mean over the layers
     "The two terms of the training loss on one batch of questions with their answers."
     with _reading(model, layers if objective in OBJECTIVES[:3] else (), point) as found:
         logprobs = _answer_logprobs(model, batch)
@@ -414,10 +414,10 @@ class _Tuner(Trainer):
 @contextmanager
 def _above(model: nn.Module, hidden: torch.Tensor | None, first: int):
     "Inside, the model begins at block `first` with these states."
-    pile = blocks(model)
+    model_layers = blocks(model)
     with replaced_blocks(
         model,
-        {} if hidden is None else {i: PassThrough(pile[i], hidden if i == first - 1 else None) for i in range(first)},
+        {} if hidden is None else {i: PassThrough(model_layers[i], hidden if i == first - 1 else None) for i in range(first)},
     ):
         yield
 
@@ -451,8 +451,8 @@ def _targets(model: nn.Module, layers: list[int], targets: Iterable[str] | None)
 
 
 def _adapter(model: nn.Module, layers: list[int], targets: Iterable[str] | None, rank: int) -> LoraConfig:
-    pile = blocks(model)
-    name = next(name for name, module in model.named_modules() if module is pile).rpartition(".")[2]
+    model_layers = blocks(model)
+    name = next(name for name, module in model.named_modules() if module is model_layers).rpartition(".")[2]
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
@@ -564,8 +564,8 @@ def contrastive_tune(
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,  # to learn from; `distractors` are the negatives, see `own_wrong_answers`
     layers: Iterable[int],  # blocks that are trained, and whose states are compared
-    objective: str | None = "likelihood",  # of `OBJECTIVES`; None: the language-model term alone
-    lm_weight: float = 1.0,  # of the language-model term on the right answer; 0: the contrast alone
+    objective: str | None = "likelihood",  # of `OBJECTIVES`; None: the LM loss only
+    lm_weight: float = 1.0,  # of the language-model term on the right answer; 0: the contrastive loss only
     contrast_weight: float = 1.0,
     negatives: int = 3,  # a question, at most
     point: str = "output",  # where states are read: `output`, `update`, `relative_update`
@@ -635,7 +635,7 @@ def contrastive_tune(
             m, batch, layers, objective, bool(lm_weight), point, pooling, temperature, margin
         )
 
-        def make(student, told):
+        def make(student, log_step):
             return _Tuner(
                 model=student,
                 args=arguments,
@@ -645,7 +645,7 @@ def contrastive_tune(
                 terms=terms,
                 lm_weight=lm_weight,
                 contrast_weight=contrast_weight,
-                on_step=told,
+                on_step=log_step,
             )
 
         with seeded_rng(seed):
@@ -660,7 +660,7 @@ def contrastive_cosines(
     point: str = "output",
     pooling: str = "mean",
     batch_size: int = 16,
-) -> pd.DataFrame:  # one row an answer, one column a layer
+) -> pd.DataFrame:  # one row per answer, one column per layer
     "Cosine between the state at the end of the prompt and the answer's (our reading). ValueError naming an answer without a token."
     layers = check_layers(range(len(blocks(model))) if layers is None else layers, len(blocks(model)), every=True)
     rows = [
@@ -693,5 +693,5 @@ def contrastive_cosines(
 def contrastive_score(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, answers: Dataset, layers: Iterable[int], **options
 ) -> pd.Series:
-    "One less the mean cosine over these layers, a row an answer: higher = more suspicious. Options and errors of `contrastive_cosines`."
+    "One less the mean cosine over these layers, one row per answer: higher = more uncertain. Options and errors of `contrastive_cosines`."
     return (1 - contrastive_cosines(model, tokenizer, answers, layers, **options).mean(axis=1)).rename("contrastive")

@@ -38,7 +38,7 @@ def decoding_cost(
     repeats: int = 5,  # times that each model decodes, in turn
     batch_size: int = 1,
     progress: bool = False,
-) -> pd.DataFrame:  # one row a model: `parameters`, `weight_bytes`, `cache_bytes`, `milliseconds` a token (median), `speedup`, `ideal`, `of_ideal`
+) -> pd.DataFrame:  # one row per model: `parameters`, `weight_bytes`, `cache_bytes`, `milliseconds` a token (median), `speedup`, `ideal`, `of_ideal`
     """What each model costs to decode, measured in one run. `ideal` is the ratio of the parameters; `of_ideal` the speed-up as a
     part of it. ValueError for a model that is not causal, or whose cache holds no keys and values."""
     for name, model in models.items():

@@ -545,7 +545,7 @@ class Batches:
         if self.skip_first:
             count &= mask.cumsum(1) > 1
         return dict(
-            input_ids=ids, attention_mask=mask, count_mask=count, index=torch.tensor([self.rows[i][0] for i in group])
+            input_ids=ids, attention_mask=mask, token_mask=count, index=torch.tensor([self.rows[i][0] for i in group])
         )
 
 # %% ../nbs/12_data.ipynb #de3ea849
@@ -588,7 +588,7 @@ def batches(
     max_tokens: int = None,  # positions a batch, padding included; replaces `batch_size`
     overflow: str = "split",  # long texts: "split" into windows, or "truncate" to the first
     sort: bool = True,  # windows of similar length together
-) -> Batches:  # dicts of (B, T) `input_ids, attention_mask, count_mask` (bool), (B,) `index`
+) -> Batches:  # dicts of (B, T) `input_ids, attention_mask, token_mask` (bool), (B,) `index`
     "Batches of token ids with the mask of counted positions; ValueError names an empty text or a wrong option."
     if max_length < 1:
         raise ValueError(f"max_length is at least 1, not {max_length}")

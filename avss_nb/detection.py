@@ -110,7 +110,7 @@ def _both(wrong: np.ndarray, where: str = "these answers") -> None:
 
 
 def auroc(
-    scores: Iterable[float],  # of each answer; higher = more suspicious
+    scores: Iterable[float],  # of each answer; higher = more uncertain
     labels: Iterable,  # strings or booleans as in `evaluate_detectors`
 ) -> float:  # 0 to 1; .5 = knows nothing
     "Chance that a hallucinated answer scores above a faithful one, ties one half; ValueError with the counts where a class is missing."
@@ -137,12 +137,12 @@ def prediction_rejection_ratio(
 
 # %% ../nbs/32_detection.ipynb #28835907
 def risk_coverage(
-    scores: Iterable[float],  # of each answer; higher = more suspicious, rejected sooner
+    scores: Iterable[float],  # of each answer; higher = more uncertain, rejected sooner
     labels: Iterable,  # strings or booleans as in `evaluate_detectors`
 ) -> tuple[
     pd.DataFrame, float
 ]:  # a row for each number of answers kept: `coverage, risk, best` (the oracle's risk); and the area
-    """Share of hallucinated answers among the least suspicious k of n, for k = 1 … n, ties shared, and its mean over k
+    """Share of hallucinated answers among the least uncertain k of n, for k = 1 … n, ties shared, and its mean over k
     (area under the risk–coverage curve, 0 to 1, lower is better). ValueError where no answer is right or wrong."""
     wrong, kept = judged(labels)
     wrong, scores = wrong[kept], check_scores("scores", np.asarray(list(scores), float)[kept], np.flatnonzero(kept))
@@ -212,11 +212,11 @@ def _check_tokens(table: pd.DataFrame) -> None:
 
 # %% ../nbs/32_detection.ipynb #339c61fb
 def detector_scores(
-    answers: Dataset | pd.DataFrame,  # `id, sample, answer, answer_tokens, logprobs, entropies`, a row an answer
+    answers: Dataset | pd.DataFrame,  # `id, sample, answer, answer_tokens, logprobs, entropies`, one row per answer
     normalize: Callable[[str], str] = normalize_answer,  # answers equal under it are one cluster
     states: np.ndarray = None,  # (answers, width), or (answers, layers, width) from `answer_states`, for EigenScore
     layer: int = None,  # of `states`; default the middle one, as published
-) -> pd.DataFrame:  # a row an answer, numbered from 0; a column a detector, higher = more suspicious, `length` first
+) -> pd.DataFrame:  # one row per answer, numbered from 0; one column per detector, higher = more uncertain, `length` first
     """Scores that need no labels. Semantic entropy and EigenScore are of a question's samples (`sample` > 0) and stand at each of its
     answers; columns are there when samples (and states) are. NaN where undefined: an empty answer, a question with fewer than two samples."""
     table = answer_table(answers, _NEEDED)
@@ -262,7 +262,7 @@ def _layer(states: np.ndarray, layer: int | None, n: int) -> np.ndarray:
 def answer_states(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    answers: Dataset | pd.DataFrame,  # `prompt_tokens, answer_tokens`, a row an answer
+    answers: Dataset | pd.DataFrame,  # `prompt_tokens, answer_tokens`, one row per answer
     at: str | Sequence[str] = "last",  # "last" answer token, "mean" over answer tokens; several in one pass
     point: str = "output",  # reading point of `avss_nb.hooks`
     batch_size: int = 16,
@@ -416,7 +416,7 @@ def probe_scores(
     n_folds: int = 5,
     C: float = 1e-2,
     seed: int = 0,
-) -> pd.DataFrame:  # a row an answer, a column a layer; NaN where an answer is neither right nor wrong
+) -> pd.DataFrame:  # one row per answer, one column per layer; NaN where an answer is neither right nor wrong
     "Out-of-fold log-odds of a probe at each layer: no answer is scored by a probe that saw its question."
     layers = range(states.shape[1] if np.ndim(states) == 3 else 1) if layers is None else layers
     return pd.DataFrame(
@@ -521,7 +521,7 @@ def _mean_and_ends(
 
 
 def evaluate_detectors(
-    scores: pd.DataFrame,  # a row an answer, a column a detector, as from `detector_scores`; higher = more suspicious
+    scores: pd.DataFrame,  # one row per answer, one column per detector, as from `detector_scores`; higher = more uncertain
     labels: Iterable,  # of each row: right, wrong, empty or refused; or booleans, True = hallucinated
     groups: Iterable = None,  # the question of each row; default: each row its own
     fitted: dict[
@@ -531,7 +531,7 @@ def evaluate_detectors(
     level: float = 0.95,
     n_resamples: int = 1000,
     seed: int = 0,  # of the resamples
-) -> pd.DataFrame:  # a row a detector, `length` first; for each of `auroc, auprc, prr` its `_low, _high, _seed_low, _seed_high`; `n, wrong, left_out`
+) -> pd.DataFrame:  # one row per detector, `length` first; for each of `auroc, auprc, prr` its `_low, _high, _seed_low, _seed_high`; `n, wrong, left_out`
     """AUROC, AUPRC and PRR of detectors with bootstrap intervals over questions and their range over seeds.
     ValueError with the counts where a class is missing, FloatingPointError naming detector and answer of a score that is not finite."""
     scores = pd.DataFrame(scores)
@@ -539,8 +539,8 @@ def evaluate_detectors(
     fixed = {name: np.asarray(scores[name], float) for name in scores}
     for name, values in fixed.items():
         check_scores(name, values[rows], rows)
-    fitted, halves = fitted or {}, [_split(wrong, rows, groups, 2, s)[0] for s in seeds]
-    if fitted and not halves:
+    fitted, split_half = fitted or {}, [_split(wrong, rows, groups, 2, s)[0] for s in seeds]
+    if fitted and not split_half:
         raise ValueError("detectors that must be fitted need at least one seed")
     if both := sorted(fixed.keys() & fitted.keys()):
         raise ValueError(f"{both[0]!r} is a column of scores and a fitted detector: give each a name of its own")
@@ -548,11 +548,11 @@ def evaluate_detectors(
     for name in sorted([*fixed, *fitted], key=lambda name: name != "length"):
         by_half = [
             fixed[name][test] if name in fixed else check_scores(name, fitted[name](train, test), test)
-            for train, test in halves
+            for train, test in split_half
         ]
         by_seed = [
             _measures(s, wrong[test], draws[:, test] if fitted else draws[:1, test])
-            for s, (_, test) in zip(by_half, halves)
+            for s, (_, test) in zip(by_half, split_half)
         ]
         found = by_seed if fitted else [_measures(fixed[name][rows], wrong[rows], draws[:, rows])]
         table[name] = dict(n=len(rows), wrong=int(wrong[rows].sum()), left_out=len(wrong) - len(rows))
@@ -568,7 +568,7 @@ def evaluate_detectors(
 def _arms(
     rankings: dict[str, Ranking], train: np.ndarray, n_layers: int, k: int, n_random: int, rng
 ) -> dict[str, list[np.ndarray]]:
-    "The layers of each arm, a list of choices an arm, from the rows to learn from."
+    "The layers of each variant, a list of choices a variant, from the rows to learn from."
     ranked = {name: top_layers(ranking(train), n_layers) for name, ranking in rankings.items()}
     if odd := [name for name, order in ranked.items() if len(order) != n_layers]:
         raise ValueError(f"the ranking {odd[0]!r} has {len(ranked[odd[0]])} layers, the features have {n_layers}")
@@ -613,7 +613,7 @@ def ranking_value(
     level: float = 0.95,
     n_resamples: int = 1000,
     seed: int = 0,
-) -> pd.DataFrame:  # a row an arm: `auroc` of baseline + layers; what it `adds, low, high` to the baseline; `over_random, …_low, …_high`; `layers`
+) -> pd.DataFrame:  # one row per variant: `auroc` of baseline + layers; what it `adds, low, high` to the baseline; `over_random, …_low, …_high`; `layers`
     """What k layers, ranked on other questions, add to the AUROC of an out-of-fold logistic regression on the baseline; means over splits,
     paired bootstrap over questions. With `sets` a column for each shows what is added there. Errors as in `evaluate_detectors`."""
     x = np.asarray(features, float)
@@ -639,28 +639,28 @@ def ranking_value(
     parts = _parts(wrong, rows, groups, sets, seeds)
     for name, (train, test) in parts.items():
         folds = _split(wrong, test, groups, n_folds, seed, f"set {name!r}: " if sets is not None else "")
-        for arm, choices in _arms(rankings, train, x.shape[1], k, n_random, rng).items():
+        for variant, choices in _arms(rankings, train, x.shape[1], k, n_random, rng).items():
             scores = [_over_folds(np.hstack([known, x[:, layers]]), wrong, folds)[test] for layers in choices]
-            found.setdefault(arm, []).append(np.mean([_measures(s, wrong[test], draws[:, test])[0] for s in scores], 0))
-            chosen.setdefault(arm, []).extend(choices)
+            found.setdefault(variant, []).append(np.mean([_measures(s, wrong[test], draws[:, test])[0] for s in scores], 0))
+            chosen.setdefault(variant, []).extend(choices)
     return _value_table(
-        {arm: np.array(a) for arm, a in found.items()}, chosen, k, level, parts if sets is not None else ()
+        {variant: np.array(a) for variant, a in found.items()}, chosen, k, level, parts if sets is not None else ()
     )
 
 
 def _value_table(
     found: dict, chosen: dict, k: int, level: float, sets: Iterable
-) -> pd.DataFrame:  # {arm: (splits, 1 + draws)}
+) -> pd.DataFrame:  # {variant: (splits, 1 + draws)}
     "Means over splits with intervals."
     base, random, table = found["baseline"], found[f"random {k}"], {}
-    for arm, values in found.items():
-        table[arm] = dict(auroc=values[:, 0].mean()) | dict(
+    for variant, values in found.items():
+        table[variant] = dict(auroc=values[:, 0].mean()) | dict(
             zip(("adds", "low", "high"), _mean_and_ends(values - base, level))
         )
-        table[arm] |= dict(
+        table[variant] |= dict(
             zip(("over_random", "over_random_low", "over_random_high"), _mean_and_ends(values - random, level))
         )
-        often = pd.Series(np.concatenate(chosen[arm])).value_counts().sort_index(kind="stable")
-        table[arm]["layers"] = [] if arm == f"random {k}" else sorted(often.nlargest(k).index.astype(int).tolist())
-        table[arm] |= {name: values[i, 0] - base[i, 0] for i, name in enumerate(sets)}
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("arm")
+        often = pd.Series(np.concatenate(chosen[variant])).value_counts().sort_index(kind="stable")
+        table[variant]["layers"] = [] if variant == f"random {k}" else sorted(often.nlargest(k).index.astype(int).tolist())
+        table[variant] |= {name: values[i, 0] - base[i, 0] for i, name in enumerate(sets)}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("variant")

@@ -38,7 +38,7 @@ from avss_nb.metrics import (
 from .models import atomic_write, blocks
 
 # %% ../nbs/31_eavss.ipynb #b73b710c
-COARSE_BITS, LOWEST, HIGHEST = 3, -24, 14  # 8 bins a doubling, for magnitudes from 2^-24 to 2^14
+COARSE_BITS, LOWEST, HIGHEST = 3, -24, 14  # 8 bins per octave, for magnitudes from 2^-24 to 2^14
 _FINER = MANTISSA_BITS - COARSE_BITS
 _FIRST = (127 + LOWEST) << COARSE_BITS
 N_COARSE = ((HIGHEST - LOWEST) << COARSE_BITS) + 2
@@ -165,7 +165,7 @@ AnswerStats.thresholds, AnswerStats.below = _thresholds, _below
 def answer_variance(
     stats: AnswerStats,
     point: str = "relative_update",
-) -> pd.DataFrame:  # one row an answer, one column a layer
+) -> pd.DataFrame:  # one row per answer, one column per layer
     "σ² of each answer's own activations, about its own mean."
     n = stats.get(point, "count")
     return _frame(_positive(stats.get(point, "sumsq") / n, stats.get(point, "sum") / n))
@@ -176,7 +176,7 @@ def answer_sparsity(
     point: str = "relative_update",
     eps: float | Sequence[float] = None,  # absolute; one a layer is possible: the thresholds of other answers
     tau: float = 0.05,  # without `eps`: τ·RMS of the layer over all these answers
-) -> pd.DataFrame:  # one row an answer, one column a layer
+) -> pd.DataFrame:  # one row per answer, one column per layer
     "S of each answer: the share of its activations that are nearly zero."
     return _frame(stats.below(point, stats.thresholds(point, eps, tau)) / stats.get(point, "count"))
 
@@ -185,7 +185,7 @@ def log_avss(
     stats: AnswerStats,
     point: str = "relative_update",
     tau: float = 0.05,  # of `answer_sparsity`
-) -> pd.DataFrame:  # one row an answer, one column a layer
+) -> pd.DataFrame:  # one row per answer, one column per layer
     "log σ² − log S of each answer, in nats; S counts as at least half an activation."
     return np.log(answer_variance(stats, point)) - np.log(
         answer_sparsity(stats, point, tau=tau).clip(lower=0.5 / stats.get(point, "count"))

@@ -58,7 +58,7 @@ def token_nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # (T
 
 def _predicted(batch: dict) -> torch.Tensor:
     "(B, T−1) bool: positions 1…T−1 that are counted and have a token before them."
-    return batch["count_mask"][:, 1:] & (batch["attention_mask"][:, :-1] == 1)
+    return batch["token_mask"][:, 1:] & (batch["attention_mask"][:, :-1] == 1)
 
 # %% ../nbs/20_evaluation.ipynb #44f8d909
 def row_losses(
@@ -174,7 +174,7 @@ def option_logprobs(
     options: list[list[str]],  # of each question; with their leading space
     batch_size: int = 32,  # rows a batch
     progress: bool = False,
-) -> pd.DataFrame:  # one row an option: `item, option, logprob` (nats, summed), `tokens`
+) -> pd.DataFrame:  # one row per option: `item, option, logprob` (nats, summed), `tokens`
     """Log-probability of each option after its prompt; ValueError for an option without a token,
     FloatingPointError naming an item that is not finite."""
     rows, prefixes = [], {}
@@ -250,7 +250,7 @@ def classify(
     labels: tuple[str, ...] = (" negative", " positive"),  # the word for label 0, label 1, …
     neutral: str = "N/A",  # the text without content
     **options,
-) -> pd.DataFrame:  # one row a sentence: `correct` (0/1), `score` (log-odds in nats, last over first)
+) -> pd.DataFrame:  # one row per sentence: `correct` (0/1), `score` (log-odds in nats, last over first)
     "Zero-shot classification by the likelihood of label words, less that after a neutral text."
     prompts = [template.format(text=t) for t in (neutral, *sentences["text"])]
     table = option_logprobs(model, tokenizer, prompts, [list(labels)] * len(prompts), **options)
@@ -282,7 +282,7 @@ class LinearProbe:
     def _states(self, model: nn.Module, batch: dict, grad: bool = False) -> torch.Tensor:
         body = getattr(model, "base_model", model)
         with torch.set_grad_enabled(grad):
-            hidden, counted = body(**model_inputs(body, batch))[0].float(), batch["count_mask"][..., None]
+            hidden, counted = body(**model_inputs(body, batch))[0].float(), batch["token_mask"][..., None]
             return (hidden * counted.to(hidden.device)).sum(1) / counted.sum(1).clamp_min(1).to(hidden.device)
 
     def _logits(self, model: nn.Module, batch: dict, grad: bool = False) -> torch.Tensor:
@@ -305,18 +305,18 @@ class LinearProbe:
 
 # %% ../nbs/20_evaluation.ipynb #55deb2e6
 def retention(
-    before: float,  # the whole model's score
+    before: float,  # the base model's score
     after: float,  # what is left
     chance: float = 0.0,  # the score of guessing: 0 gives the raw ratio
 ) -> float:  # 1 = all is retained, 0 = no better than chance
-    "(after − chance) / (before − chance): what the AVSS paper calls retained, above chance in our reading. ValueError where the whole model is not above chance."
+    "(after − chance) / (before − chance): what the AVSS paper calls retained, above chance in our reading. ValueError where the base model is not above chance."
     if not before > chance:
-        raise ValueError(f"nothing to retain: the whole model scores {before:.3g}, chance is {chance:.3g}")
+        raise ValueError(f"nothing to retain: the base model scores {before:.3g}, chance is {chance:.3g}")
     return (after - chance) / (before - chance)
 
 # %% ../nbs/20_evaluation.ipynb #7e9831b6
 def retention_interval(
-    before: np.ndarray,  # per item, the whole model: 1 right, 0 wrong
+    before: np.ndarray,  # per item, the base model: 1 right, 0 wrong
     after: np.ndarray,  # the same items, the other model
     chance: float = 0.0,
     level: float = 0.95,
@@ -335,13 +335,13 @@ def retention_interval(
 
 # %% ../nbs/20_evaluation.ipynb #35b85c40
 def perplexity_retention(
-    before: pd.DataFrame,  # from `text_losses`, the whole model
+    before: pd.DataFrame,  # from `text_losses`, the base model
     after: pd.DataFrame,  # the same texts, the other model
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:  # old/new perplexity, lower and upper end
-    "Old over new perplexity with a percentile interval by the paired bootstrap over texts. ValueError for different texts."
+    "Perplexity ratio (base over pruned) with a percentile interval by the paired bootstrap over texts. ValueError for different texts."
     if not before.tokens.equals(after.tokens):
         raise ValueError("the two models were measured on different texts")
     ratio = lambda b, a, n, axis=-1: np.exp((b.sum(axis) - a.sum(axis)) / n.sum(axis))

@@ -54,7 +54,7 @@ REDUCTIONS = ("elements", "samples", "neurons")
 
 
 class LayerStats:
-    "Additive sums per layer: a dict of tensors named `point.quantity`, each with one row a layer."
+    "Additive sums per layer: a dict of tensors named `point.quantity`, each with one row per layer."
 
     def __init__(self, sums: dict[str, torch.Tensor]):
         self.sums = sums
@@ -193,11 +193,11 @@ def collect_stats(
 
     with read_activations(model, points, add):
         for batch in tqdm(batches, desc="reading activations", disable=not progress):
-            mask = batch["count_mask"]
+            mask = batch["token_mask"]
             run_blocks(model, batch)
             _check_finite(sums)
     if not any(s.values["count"] for s in sums.values()):
-        raise ValueError("no token was counted: the batches are empty or their count_mask is all false")
+        raise ValueError("no token was counted: the batches are empty or their token_mask is all false")
     return stack_sums(sums, len(blocks(model)))
 
 # %% ../nbs/13_metrics.ipynb #ab7e3ba9

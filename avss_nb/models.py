@@ -278,10 +278,10 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def blocks(
-    model: nn.Module,  # any model built of a pile of blocks
+    model: nn.Module,  # any model built of a stack of layers
     path: str = None,  # the pile's own path ("encoder.block"), for a model with two of them
 ) -> nn.ModuleList:  # M blocks, index 0 nearest the input
-    "The pile of blocks of a model; raises ValueError, naming what was found, when there is none or `path` is not one."
+    "The stack of layers of a model; raises ValueError, naming what was found, when there is none or `path` is not one."
     lists = _block_lists(model)
     if path is not None and path not in lists:
         raise ValueError(f"no blocks at {path!r} in {type(model).__name__}: found {sorted(lists)}")
@@ -289,7 +289,7 @@ def blocks(
         raise ValueError(
             f"no blocks found in {type(model).__name__}: it has no ModuleList as long as its config's num_hidden_layers"
         )
-    return lists[path] if path else max(lists.values(), key=lambda pile: sum(p.numel() for p in pile.parameters()))
+    return lists[path] if path else max(lists.values(), key=lambda model_layers: sum(p.numel() for p in model_layers.parameters()))
 
 # %% ../nbs/10_models.ipynb #b404bd31
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from .eavss import AnswerStats
 from .hooks import sublayer
-from .importance import FROM_AHEAD, FROM_STATS, damage, layer_scores, read_ahead, read_layers, removal_losses
+from .importance import FROM_DOWNSTREAM, FROM_STATS, loss_increase, layer_scores, downstream_stats, read_layers, removal_losses
 from .metrics import N_BINS, LayerStats
 from .models import atomic_write, blocks, model_key
 from .runs import check_folder, claim_folder
@@ -220,19 +220,19 @@ def _check_alike(found: list[tuple[dict, int]]):
 
 def _together(parts: list, add: bool):
     "Parts in the order of their chunks, as one."
-    whole = parts[0]
-    if not isinstance(whole, pd.DataFrame):
+    base_model = parts[0]
+    if not isinstance(base_model, pd.DataFrame):
         for part in parts[1:]:
-            whole = whole + part
-        return whole
-    numbered = whole.index.names == [None]
-    whole = pd.concat(parts, ignore_index=numbered)
-    if numbered or not whole.index.has_duplicates:
-        return whole if numbered else whole.sort_index()
+            base_model = base_model + part
+        return base_model
+    numbered = base_model.index.names == [None]
+    base_model = pd.concat(parts, ignore_index=numbered)
+    if numbered or not base_model.index.has_duplicates:
+        return base_model if numbered else base_model.sort_index()
     if not add:
-        twice = whole.index[whole.index.duplicated()][0]
-        raise ValueError(f"{whole.index.names[0]} {twice} has rows from two chunks: say add=True to add them up")
-    return whole.groupby(level=list(range(whole.index.nlevels))).sum(skipna=False)
+        twice = base_model.index[base_model.index.duplicated()][0]
+        raise ValueError(f"{base_model.index.names[0]} {twice} has rows from two chunks: say add=True to add them up")
+    return base_model.groupby(level=list(range(base_model.index.nlevels))).sum(skipna=False)
 
 # %% ../nbs/52_scale.ipynb #e8d060c3
 def _digest(items) -> str:
@@ -266,7 +266,7 @@ def _kept(out: Path | None, c: int, make: Callable):
 
 # %% ../nbs/52_scale.ipynb #52757da5
 def spread(
-    work: Callable,  # some of the items -> LayerStats, AnswerStats or a table (one row an item, or more)
+    work: Callable,  # some of the items -> LayerStats, AnswerStats or a table (one row per item, or more)
     items,  # batches, answers, questions: the same in every process
     out: str | Path = None,  # folder, seen by all processes: finished chunks stay there, and a second run goes on
     chunk: int = 1,  # items that are worked on, and kept, at once
@@ -295,8 +295,8 @@ def spread(
             parts[c] = part
     found = [_unpacked(data) for data in _exchange(_packed(parts, len(items)), timeout)]
     _check_alike(found)
-    whole = {c: part for parts, _ in found for c, part in parts.items()}
-    return _together([whole[c] for c in sorted(whole)], add)
+    base_model = {c: part for parts, _ in found for c, part in parts.items()}
+    return _together([base_model[c] for c in sorted(base_model)], add)
 
 # %% ../nbs/52_scale.ipynb #df931b75
 def spread_scores(
@@ -305,29 +305,29 @@ def spread_scores(
     methods: Iterable[str] = ("avss", "block_influence", "leave_one_out"),
     out: str | Path = None,  # folder: as in `spread`
     **options,  # of `spread`
-) -> pd.DataFrame:  # one row a layer, one column a method
+) -> pd.DataFrame:  # one row per layer, one column per method
     "`layer_scores`, made by all processes together; ValueError for a method that needs all texts at once."
     methods, batches = [methods] if isinstance(methods, str) else list(methods), list(batches)
     alone = ("magnitude", "position", "random", "leave_one_out")
-    if wrong := [m for m in methods if m not in {**FROM_STATS, **FROM_AHEAD} and m not in alone]:
+    if wrong := [m for m in methods if m not in {**FROM_STATS, **FROM_DOWNSTREAM} and m not in alone]:
         raise ValueError(f"{wrong[0]!r} is not a sum over texts: run layer_scores in one process")
     place = lambda name: out and Path(out) / name
     if out:
         options["settings"] = dict(model=model_key(model)) | options.get("settings", {})
-    stats = ahead = losses = None
+    stats = downstream = losses = None
     if set(methods) & set(FROM_STATS):
         stats = spread(
             lambda some: read_layers(model, some, reduce=("elements", "samples")), batches, place("stats"), **options
         )
-    if set(methods) & set(FROM_AHEAD):
-        ahead = spread(lambda some: read_ahead(model, some), batches, place("ahead"), **options)
+    if set(methods) & set(FROM_DOWNSTREAM):
+        downstream = spread(lambda some: downstream_stats(model, some), batches, place("downstream"), **options)
     if "leave_one_out" in methods:
         losses = spread(lambda some: removal_losses(model, some), batches, place("losses"), add=True, **options)
 
     def score(m: str):
         if m == "leave_one_out":
-            return damage(losses)
-        return FROM_AHEAD[m](ahead) if m in FROM_AHEAD else layer_scores(model, [], [m], stats=stats)[m]
+            return loss_increase(losses)
+        return FROM_DOWNSTREAM[m](downstream) if m in FROM_DOWNSTREAM else layer_scores(model, [], [m], stats=stats)[m]
 
     return pd.DataFrame({m: pd.Series(score(m), pd.RangeIndex(len(blocks(model)), name="layer")) for m in methods})
 
@@ -414,14 +414,14 @@ def _skeleton(model: nn.Module | PretrainedConfig) -> nn.Module:
 
 def _counts(model: nn.Module) -> dict:
     "Sizes that memory and work are made of: numbers of weights, widths, layers."
-    config, pile = model.config.get_text_config(), blocks(model)
+    config, model_layers = model.config.get_text_config(), blocks(model)
     heads = config.num_attention_heads
     return dict(
         parameters=sum(p.numel() for p in model.parameters()),
-        layers=len(pile),
+        layers=len(model_layers),
         width=model.get_input_embeddings().embedding_dim,
-        maps=sum(m.weight.numel() for block in pile for m in projections(block).values()),  # of all blocks
-        hidden=max(sublayer(pile[0], "down", 0).weight.shape),
+        maps=sum(m.weight.numel() for block in model_layers for m in projections(block).values()),  # of all blocks
+        hidden=max(sublayer(model_layers[0], "down", 0).weight.shape),
         head=model.get_output_embeddings().weight.numel(),
         attention=heads * (getattr(config, "head_dim", None) or config.hidden_size // heads),
     )
@@ -444,7 +444,7 @@ def memory_plan(
     points: int = 2,  # reading points
 ) -> (
     pd.DataFrame
-):  # bytes: columns `statistics`, `leave_one_out` (memory of one process at work) and `disk`; a row a part, and `total`
+):  # bytes: columns `statistics`, `leave_one_out` (memory of one process at work) and `disk`; one row per part, and `total`
     "What a run will take, beside Python and its libraries (our arithmetic; within a third of what chapter Scale measures). ValueError for other bits."
     if bits not in (None, 8, 4):
         raise ValueError(f"bits is 8 or 4, not {bits}")

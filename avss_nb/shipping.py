@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .data import batches
 from .evaluation import is_causal
 from .hooks import model_inputs
-from .importance import BY_RUNNING, FROM_AHEAD, FROM_STATS, layer_scores
+from .importance import BY_RUNNING, FROM_DOWNSTREAM, FROM_STATS, layer_scores
 from .models import blocks, content_key, load_model
 from .pruning import chance_level, measure_removal, retention_table, select_layers
 from .report import Settings, add_settings, healed_items, study_data
@@ -30,7 +30,7 @@ from .training import pack_texts
 
 # %% ../nbs/51_shipping.ipynb #07a4979a
 def _own_scores(file: str | Path, score: str, n_layers: int) -> pd.DataFrame:
-    "The column `score` of a CSV file with a row a layer; ValueError where it is a table of another model."
+    "The column `score` of a CSV file with one row per layer; ValueError where it is a table of another model."
     try:
         table = pd.read_csv(file, index_col="layer").sort_index()
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
@@ -45,7 +45,7 @@ def _own_scores(file: str | Path, score: str, n_layers: int) -> pd.DataFrame:
 
 
 def _check_score(score: str):
-    known = FROM_STATS | FROM_AHEAD | BY_RUNNING
+    known = FROM_STATS | FROM_DOWNSTREAM | BY_RUNNING
     if score not in known:
         raise ValueError(f"unknown score {score!r}: known are {', '.join(known)}, or give a file of scores")
 
@@ -103,7 +103,7 @@ def _card(
         )
     ]
     trained = (
-        f"Then healed: {steps} steps of 512 tokens of {text}, distilled from the whole model (LoRA, merged)."
+        f"Then healed: {steps} steps of 512 tokens of {text}, distilled from the base model (LoRA, merged)."
         if steps
         else "**Nothing was trained after the removal.**"
     )
@@ -121,7 +121,7 @@ Parameters: {parameters[1]:,} of {parameters[0]:,} ({parameters[1] / parameters[
 |{" --- |" * (len(left) + 3)}
 {chr(10).join(rows)}
 
-Retained: accuracy over accuracy, and the whole model's perplexity over that of the model in this folder; in brackets 95 % intervals by the paired bootstrap over {recipe["passages"]} passages, {recipe["questions"]} questions and {recipe["sentences"]} sentences.
+Retained: accuracy over accuracy, and the base model's perplexity over that of the model in this folder; in brackets 95 % intervals by the paired bootstrap over {recipe["passages"]} passages, {recipe["questions"]} questions and {recipe["sentences"]} sentences.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,7 +136,7 @@ def prune_to_folder(
     model: str | Path = "smollm2-135m",  # short name, folder, GGUF file or hub id
     out: str | Path = "pruned",  # must not exist yet
     score: str = "avss",  # of `layer_scores`, or a column of `scores`
-    scores: str | Path = None,  # a CSV file with a row a layer, instead of measuring
+    scores: str | Path = None,  # a CSV file with one row per layer, instead of measuring
     trust_remote_code: bool = False,
     **settings,  # further `avss_nb.study.Settings`: fraction, heal_steps, passages, data, dtype, seed …
 ) -> Path:
@@ -152,31 +152,31 @@ def prune_to_folder(
     if out.exists():
         raise ValueError(f"{out} exists: choose another folder")
     data = study_data(settings)
-    whole, tokenizer = load_model(
+    base_model, tokenizer = load_model(
         settings.model,
         dtype=settings.dtype and getattr(torch, settings.dtype),
         device=settings.device,
         trust_remote_code=trust_remote_code,
     )
-    if not is_causal(whole):
-        raise ValueError(f"{settings.model} is a {type(whole).__name__}: a causal language model is needed")
-    n_layers = len(blocks(whole))
+    if not is_causal(base_model):
+        raise ValueError(f"{settings.model} is a {type(base_model).__name__}: a causal language model is needed")
+    n_layers = len(blocks(base_model))
     given = _own_scores(scores, score, n_layers) if scores else None
     select_layers(pd.Series(range(n_layers)), settings.fraction)  # errors now, not after the measurements
-    prune_layers(whole, [n_layers - 1])
+    prune_layers(base_model, [n_layers - 1])
     if settings.heal_steps:
         pack_texts(data["train"], tokenizer, max_length=128, batch_size=4)
     work = claim_folder(out.with_name(out.name + ".partial"), recipe | content_key(settings.model), "recipe.json")
     calibration = batches(data["calibration"], tokenizer, settings.max_length, batch_size=4, overflow="truncate")
     table = stored_table(
         work / "scores.csv",
-        lambda: layer_scores(whole, calibration, [score], progress=True) if given is None else given,
+        lambda: layer_scores(base_model, calibration, [score], progress=True) if given is None else given,
     )
     layers = select_layers(table[score], settings.fraction)
     items = measure_removal(
-        whole,
+        base_model,
         tokenizer,
-        dict(whole=[], pruned=layers),
+        dict(base_model=[], pruned=layers),
         data["held_out"],
         data["questions"],
         data["sentences"],
@@ -184,9 +184,9 @@ def prune_to_folder(
         settings.max_length,
         progress=True,
     )
-    small, folder = prune_layers(whole, layers), work / "model"
+    small, folder = prune_layers(base_model, layers), work / "model"
     if settings.heal_steps:
-        small, again = healed_items(whole, tokenizer, data, layers, settings, work)
+        small, again = healed_items(base_model, tokenizer, data, layers, settings, work)
         items = pd.concat([items, pd.concat(dict(healed=again), names=["choice"])])
     left = retention_table(items, chance_level(data["questions"]), seed=settings.seed)
     _save(
@@ -198,7 +198,7 @@ def prune_to_folder(
     table.to_csv(folder / "layer_scores.csv")
     left.to_csv(folder / "retention.csv")
     (folder / "README.md").write_text(
-        _card(recipe, layers, n_layers, (whole.num_parameters(), small.num_parameters()), left, data["names"]),
+        _card(recipe, layers, n_layers, (base_model.num_parameters(), small.num_parameters()), left, data["names"]),
         encoding="utf-8",
     )
     os.replace(folder, out)
@@ -214,7 +214,7 @@ def main(arguments: list[str] = None) -> int:
     parser.add_argument("model", help="short name (smollm2-135m), folder, GGUF file or hub id")
     parser.add_argument("--out", required=True, help="the new folder; it must not exist yet")
     parser.add_argument(
-        "--score", default="avss", help=f"one of {', '.join(FROM_STATS | FROM_AHEAD | BY_RUNNING)}; default avss"
+        "--score", default="avss", help=f"one of {', '.join(FROM_STATS | FROM_DOWNSTREAM | BY_RUNNING)}; default avss"
     )
     parser.add_argument(
         "--scores", help="a CSV file with the columns `layer` and that of --score, instead of measuring"

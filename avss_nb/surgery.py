@@ -145,22 +145,22 @@ def _zeros(module: nn.Module, args: tuple, result):
 @contextmanager
 def replaced_blocks(model: nn.Module, replacement: dict[int, nn.Module]):
     "Put other modules in the place of some blocks, and the blocks back afterwards, whatever happens."
-    pile = blocks(model)
-    own = {i: pile[i] for i in replacement}
+    model_layers = blocks(model)
+    own = {i: model_layers[i] for i in replacement}
     try:
         for i, module in replacement.items():
-            pile[i] = module
+            model_layers[i] = module
         yield model
     finally:
         for i, module in own.items():
-            pile[i] = module
+            model_layers[i] = module
 
 
 @contextmanager
 def _without(model: nn.Module, units: list[int | str], halves: list[nn.Module]):
     "Pass-throughs for whole blocks, and hooks on halves of others."
-    pile, handles = blocks(model), []
-    with replaced_blocks(model, {i: PassThrough(pile[i]) for i in units if isinstance(i, int)}):
+    model_layers, handles = blocks(model), []
+    with replaced_blocks(model, {i: PassThrough(model_layers[i]) for i in units if isinstance(i, int)}):
         try:
             for half in halves:
                 handles.append(half.register_forward_hook(_zeros, prepend=True))
@@ -177,10 +177,10 @@ def skip_layers(
 ):
     """Context manager: inside, the model runs without these; ValueError as in `check_layers`,
     or for a block whose halves cannot be told apart."""
-    pile = blocks(model)
-    units = check_layers(layers, len(pile), every)
+    model_layers = blocks(model)
+    units = check_layers(layers, len(model_layers), every)
     return _without(
-        model, units, [sublayer(pile[layer_of(u)], u.split(".")[0], layer_of(u)) for u in units if isinstance(u, str)]
+        model, units, [sublayer(model_layers[layer_of(u)], u.split(".")[0], layer_of(u)) for u in units if isinstance(u, str)]
     )
 
 # %% ../nbs/21_surgery.ipynb #e44820ce
@@ -252,23 +252,23 @@ def prune_layers(
 ) -> PreTrainedModel:  # of the same class; shares the weights that stay with `model`, which is left as it was
     """A model without these blocks, and with zeros in the place of these halves, that the library saves and reloads;
     ValueError as in `skip_layers`, and for a family whose config cannot say what is left."""
-    pile, config = blocks(model), model.config
-    units = check_layers(layers, len(pile))
-    if any(isinstance(block, PassThrough) for block in pile):
+    model_layers, config = blocks(model), model.config
+    units = check_layers(layers, len(model_layers))
+    if any(isinstance(block, PassThrough) for block in model_layers):
         raise ValueError("layers are skipped here: leave skip_layers first")
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise ValueError(
             f"the layers of this {type(model).__name__} can be skipped, not removed: "
             "it has a decoder beside its encoder, or divides by the layer's number"
         )
-    path = next(name for name, module in model.named_modules() if module is pile)
+    path = next(name for name, module in model.named_modules() if module is model_layers)
     small = shared_copy(model)
-    own, kept = small.get_submodule(path), [i for i in range(len(pile)) if i not in units]
+    own, kept = small.get_submodule(path), [i for i in range(len(model_layers)) if i not in units]
     for unit in units:
         if isinstance(unit, str):
             _zero_sublayer(own[layer_of(unit)], unit)
     small.set_submodule(path, nn.ModuleList(own[i] for i in kept))
-    _shorten(small.config.get_text_config(), kept, len(pile))
+    _shorten(small.config.get_text_config(), kept, len(model_layers))
     _agree_with_config(small, path, own[0])
     return small
 
@@ -280,5 +280,5 @@ def resume_at(
     rest: dict[int, tuple] = {},  # what earlier blocks return behind their hidden state, where it matters
 ):
     "Context manager: inside, the blocks before `layer` do not run, and `hidden` enters it."
-    pile = blocks(model)
-    return replaced_blocks(model, {i: PassThrough(pile[i], hidden, rest.get(i)) for i in range(layer)})
+    model_layers = blocks(model)
+    return replaced_blocks(model, {i: PassThrough(model_layers[i], hidden, rest.get(i)) for i in range(layer)})

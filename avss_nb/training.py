@@ -112,7 +112,7 @@ def train_adapter(
     progress: str = None,
     others: Iterable[nn.Module] = (),
 ) -> PreTrainedModel:
-    "Wrap a twin in corrections, train it with the Trainer that `make(student, told)` gives, merge; `model` and `others`, whose weights it shares, stay as they were."
+    "Wrap a twin in corrections, train it with the Trainer that `make(student, log_step)` gives, merge; `model` and `others`, whose weights it shares, stay as they were."
     shared = [(p, p.requires_grad) for m in (model, *others) for p in m.parameters()]
     try:
         with warnings.catch_warnings():  # peft's, of what it settles by itself
@@ -120,12 +120,12 @@ def train_adapter(
             student = get_peft_model(shared_copy(model), config)
         with tqdm(total=arguments.max_steps, desc=progress, disable=progress is None) as bar:
 
-            def told(step: int, loss):
+            def log_step(step: int, loss):
                 bar.update(step + 1 - bar.n)
                 if on_step:
                     on_step(step, loss)
 
-            trainer = make(student, told)
+            trainer = make(student, log_step)
             trainer.pop_callback(PrinterCallback)
             last = last_checkpoint(Path(arguments.output_dir))
             if last and last.endswith(f"-{arguments.max_steps}"):  # finished: the Trainer would take one step more

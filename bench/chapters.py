@@ -78,7 +78,7 @@ def total(name: str, found: dict[str, float]) -> float:
 
 
 def page(found: dict[str, dict[str, float]], machine: dict) -> str:
-    "The page: a row a chapter with its two dearest sections, and a row a function of the study."
+    "The page: one row per chapter with its two dearest sections, and one row per function of the study."
     chapters = {name: parts for name, parts in sorted(found.items()) if name != STUDY}
     lines = [
         "# Where the time goes",

@@ -135,7 +135,7 @@ def passages(tokenizer, rows: int, n_batches: int, length: int = 256):
     texts = [texts[i] for i in islice(long, rows * n_batches)]
     data = list(batches(texts, tokenizer, max_length=length, batch_size=rows, overflow="truncate"))
     assert len(data) == n_batches and all(
-        batch["count_mask"].shape == (rows, length) and batch["count_mask"].all() for batch in data
+        batch["token_mask"].shape == (rows, length) and batch["token_mask"].all() for batch in data
     )
     return data
 

@@ -154,7 +154,7 @@ def rivals(folder: str, length: int, pairs: int) -> dict:
 
 
 def naive_leave_one_out(model, data) -> list[float]:
-    "The damage of each layer from the whole model run anew without it."
+    "The loss increase of each layer from the base model run anew without it."
 
     def loss():
         losses = text_losses(model, data)
@@ -168,7 +168,7 @@ def naive_leave_one_out(model, data) -> list[float]:
 
 
 def leave_one_out_both_ways(model, data, repeats: int) -> dict:
-    "Median seconds, peak memory and damages of leave-one-out with and without reusing hidden states, and the seconds that its block and head passes alone take."
+    "Median seconds, peak memory and loss increases of leave-one-out with and without reusing hidden states, and the seconds that its block and head passes alone take."
     ways = dict(reused=leave_one_out, naive=naive_leave_one_out)
     plain = dict(
         blocks=lambda: [run_blocks(model, b) for b in data], whole=lambda: [row_losses(model, b) for b in data]
@@ -184,7 +184,7 @@ def leave_one_out_both_ways(model, data, repeats: int) -> dict:
     minimum = (n + n * (n - 1) / 2) / n * body + (n + 1) * (whole - body)
     return dict(
         seconds={name: median(seconds) for name, seconds in taken.items()} | dict(minimum=minimum),
-        damage=found,
+        loss_increase=found,
         peak=peak,
     )
 
@@ -234,7 +234,7 @@ def sparse_decoding(model, data, shares: list[float], n_tokens: int, repeats: in
 
     calibrated = {share: projection_stats(model, data, plan(share)) for share in shares}
     models = {f"{share:g}": make_sparse(model, share, "threshold", stats) for share, stats in calibrated.items()}
-    models["masked"] = make_sparse(model, shares[0], "threshold", calibrated[shares[0]], by_column=False)
+    models["masked"] = make_sparse(model, shares[0], "threshold", calibrated[shares[0]], sparse_gemv=False)
     cost, of_maps = (
         decoding_cost(dict(dense=model) | models, n_tokens=n_tokens, repeats=repeats),
         sum(m.weight.numel() for block in blocks(model) for m in projections(block).values()),

@@ -78,7 +78,7 @@ def memory_rows(results: dict) -> list[str]:
 
 def leave_one_out_rows(results: dict) -> list[str]:
     found = results["leave_one_out"]
-    seconds, damage = found["seconds"], found["damage"]
+    seconds, loss_increase = found["seconds"], found["loss_increase"]
     faster, over = seconds["naive"] / seconds["reused"], seconds["reused"] / seconds["minimum"]
     return [
         row(
@@ -94,9 +94,9 @@ def leave_one_out_rows(results: dict) -> list[str]:
             "",
         ),
         row(
-            "… largest relative difference of a layer's damage",
-            f"{relative(damage['reused'], damage['naive']):.1e}",
-            *against(relative(damage["reused"], damage["naive"]), 1e-5, " "),
+            "… largest relative difference of a layer's loss increase",
+            f"{relative(loss_increase['reused'], loss_increase['naive']):.1e}",
+            *against(relative(loss_increase["reused"], loss_increase["naive"]), 1e-5, " "),
         ),
     ]
 
@@ -124,7 +124,7 @@ def decoding_rows(results: dict) -> list[str]:
     found = results["decoding"]
     return [
         row(
-            "Decoding without 7 of 30 blocks: speed-up over the whole model, as a part of the ideal (ratio of the parameters)",
+            "Decoding without 7 of 30 blocks: speed-up over the base model, as a part of the ideal (ratio of the parameters)",
             f"{found['of_ideal']:.3f} ({found['speedup']:.3f} of {found['ideal']:.3f})",
             *at_least(found["of_ideal"], 0.95),
         )

@@ -92,12 +92,12 @@ LONGEST = ("23_importance", "35_decoding", "24_certainty", "28_study_layers")
 def pytest_collection_modifyitems(items):
     "Chapters first, the longest ahead."
 
-    def turn(item):
+    def cosine_distance(item):
         if item.path.name != "test_notebooks.py":
             return len(LONGEST) + 1
         return next((i for i, name in enumerate(LONGEST) if f"[{name}]" in item.name), len(LONGEST))
 
-    items.sort(key=turn)
+    items.sort(key=cosine_distance)
 
 
 class ByFile(LoadScopeScheduling):

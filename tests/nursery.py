@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 import avss_nb.labeling
 import avss_nb.shipping
 import avss_nb.study
-from avss_nb.ablations import run_arms
+from avss_nb.ablations import run_variants
 from avss_nb.contrastive import contrastive_tune
 from avss_nb.labeling import generate_answers
 from avss_nb.models import load_model
@@ -136,10 +136,10 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
     def answers(out: Path):
         generate_answers(parts[0], tokenizer, Dataset.from_list(ASKED), n_samples=1, max_new_tokens=6, stop=(), out=out)
 
-    arms_ = dict(top=[dict(layers=[2, 3], rank=2)], last=[dict(layers=[4], rank=2, objective=None)], untouched=None)
+    arms_ = dict(top=[dict(layers=[2, 3], rank=2)], last=[dict(layers=[4], rank=2, objective=None)], base_model=None)
 
-    def arms(out: Path):
-        run_arms(llama, Letters(), QUESTIONS, arms_, chosen, seeds=(0,), out=out, **SHORT | dict(steps=6, save_every=2))
+    def variants(out: Path):
+        run_variants(llama, Letters(), QUESTIONS, arms_, chosen, seeds=(0,), out=out, **SHORT | dict(steps=6, save_every=2))
 
     def tune(out: Path):
         torch.save(
@@ -149,18 +149,18 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
             f"{out}.weights",
         )
 
-    return dict(study=study, prune=prune, answers=answers, arms=arms, tune=tune)
+    return dict(study=study, prune=prune, answers=answers, variants=variants, tune=tune)
 
 
 if __name__ == "__main__":
     place, model_folder, seed, plan = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-    told, dice = {}, random.Random(seed)
+    labelled, dice = {}, random.Random(seed)
     for name, job in jobs(model_folder).items():
         if name not in plan:
             continue
         seconds = undisturbed(job, place / f"{name}-whole")
-        told[name] = []
-        while sum(sum(t.values()) for t in told[name]) < plan[name]["kills"]:
-            told[name].append(endure(job, place / f"{name}-{len(told[name])}", dice, plan[name]["changes"], seconds))
-        print(name, round(seconds, 1), told[name], round(time.process_time(), 1), file=sys.stderr, flush=True)
-    print(json.dumps(told))
+        labelled[name] = []
+        while sum(sum(t.values()) for t in labelled[name]) < plan[name]["kills"]:
+            labelled[name].append(endure(job, place / f"{name}-{len(labelled[name])}", dice, plan[name]["changes"], seconds))
+        print(name, round(seconds, 1), labelled[name], round(time.process_time(), 1), file=sys.stderr, flush=True)
+    print(json.dumps(labelled))

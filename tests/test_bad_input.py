@@ -244,7 +244,7 @@ def test_fraction_outside(fraction):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("rule", ["count", "mass", "authors"])
+@pytest.mark.parametrize("rule", ["count", "mass", "published_code"])
 def test_a_score_that_cannot_be_ranked(rule, bad):
     with pytest.raises(ValueError) as error:
         select_layers(pd.Series([1.0, 2, bad, 3, 4]), 0.5, rule)
@@ -496,17 +496,17 @@ def test_killed_while_converting(tiny_gguf, cache, moment):
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == stamps
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "no note"])
-def test_a_damaged_cache_is_made_again(tiny_gguf, cache, damage):
+@pytest.mark.parametrize("loss_increase", ["cut", "gone", "no note"])
+def test_a_damaged_cache_is_made_again(tiny_gguf, cache, loss_increase):
     load_model(tiny_gguf)
     (folder,) = (p for p in cache.iterdir() if p.is_dir())
     whole, weights = files(cache), folder / "model.safetensors"
     kept = weights.read_bytes()
-    if damage == "cut":
+    if loss_increase == "cut":
         weights.write_bytes(kept[: len(kept) // 2])
-    if damage == "gone":
+    if loss_increase == "gone":
         weights.unlink()
-    if damage == "no note":
+    if loss_increase == "no note":
         (folder / "complete.json").unlink()
     with pytest.warns(UserWarning, match="incomplete"):
         load_model(tiny_gguf)
@@ -665,10 +665,10 @@ def test_command_with_a_broken_model(capsys, model_folder, tmp_path):
     model, tokenizer = load_model(model_folder, device="cpu")
     blocks(model)[3].mlp.down_proj.weight.data.fill_(float("nan"))
     for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "broken")
+        part.save_pretrained(tmp_path / "violation_rate")
     command_fails(
         capsys,
-        tmp_path / "broken",
+        tmp_path / "violation_rate",
         "--out",
         tmp_path / "out",
         "--passages",

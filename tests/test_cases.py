@@ -30,7 +30,7 @@ def widened(batch: dict, width: int, side: str) -> dict:
         batch,
         input_ids=pad(batch["input_ids"], 1),
         attention_mask=pad(batch["attention_mask"], 0),
-        count_mask=pad(batch["count_mask"], False),
+        token_mask=pad(batch["token_mask"], False),
     )
 
 

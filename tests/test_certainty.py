@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from avss_nb.certainty import TextScores, by_text, score_certainty, score_texts, settled_after, settling
-from avss_nb.importance import FROM_AHEAD, FROM_STATS, layer_scores, removal_losses
+from avss_nb.certainty import TextScores, by_text, score_certainty, score_texts, converged_after, convergence
+from avss_nb.importance import FROM_DOWNSTREAM, FROM_STATS, layer_scores, removal_losses
 from tiny import batch_of, one_thread, tiny
 
-METHODS = [*FROM_STATS, *FROM_AHEAD, "leave_one_out"]
+METHODS = [*FROM_STATS, *FROM_DOWNSTREAM, "leave_one_out"]
 
 
 def numbered(*groups: tuple) -> list[dict]:
@@ -29,9 +29,9 @@ def test_weights_are_what_they_say(family, weights):
     model, some = tiny(family), numbered((8, 5), (6, 7))
     parts = dict(by_text(some))
     wanted = layer_scores(model, [parts[i] for i, w in enumerate(weights) for _ in range(w)], METHODS)
-    found = score_texts(model, some, METHODS).under(np.array(weights), METHODS)
+    found = score_texts(model, some, METHODS).reweighted(np.array(weights), METHODS)
     np.testing.assert_allclose(
-        found.drop(columns="avss_authors"), wanted.drop(columns="avss_authors"), rtol=1e-4, atol=1e-6
+        found.drop(columns="avss_published_code"), wanted.drop(columns="avss_published_code"), rtol=1e-4, atol=1e-6
     )
 
 
@@ -52,8 +52,8 @@ def test_losses_that_are_there_are_used():
 
 
 def made(costs: list[list[float]], tokens: int = 10) -> TextScores:
-    "Texts with the given loss without each layer; the whole model loses nothing."
-    losses = pd.DataFrame(costs).rename_axis("text").assign(tokens=tokens, whole=0.0)
+    "Texts with the given loss without each layer; the base model loses nothing."
+    losses = pd.DataFrame(costs).rename_axis("text").assign(tokens=tokens, base_model=0.0)
     return TextScores(losses.tokens, {}, losses)
 
 
@@ -74,7 +74,7 @@ def test_the_seed_decides():
 
 def test_settling_by_hand():
     "Layer 0 looks cheapest until the dear text is read, whose cost outweighs all others."
-    course = settling(
+    course = convergence(
         made([[50.0, 9, 30, 30], [1.0, 9, 30, 30], [1.0, 9, 30, 30]]), ["leave_one_out"], fraction=0.25, n_orders=40
     )
     found = course.xs("leave_one_out").found.unstack("n_texts")
@@ -84,7 +84,7 @@ def test_settling_by_hand():
         and (found[1] <= found[2]).all()
         and (found[2] <= found[3]).all()
     )
-    after = settled_after(course).loc["leave_one_out"]
+    after = converged_after(course).loc["leave_one_out"]
     assert after["most"] == 30 and after["median"] in (10, 20, 30)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from avss_nb.ablations import choose_arms, compare_arms, plot_arms, run_arms
+from avss_nb.ablations import choose_variants, compare_variants, plot_variants, run_variants
 from avss_nb.contrastive import FrozenPrefix, OBJECTIVES, _aligned, _answer_logprobs, _unwrapped, contrast_losses, contrast_rows, contrastive_cosines, contrastive_score, contrastive_tune, info_nce, likelihood_contrast, own_wrong_answers, prototype_loss, triplet_loss
 from avss_nb.evaluation import option_logprobs
 from avss_nb.models import blocks
@@ -351,7 +351,7 @@ def test_cosines_are_read_at_the_answer_whatever_the_batch():
         )
 
 
-# ---- a killed run, and the table of the arms
+# ---- a killed run, and the table of the variants
 
 CHILD = """
 import sys, time, torch
@@ -361,8 +361,8 @@ torch.set_num_threads(1)
 def slowly(step, terms):
     print(step, flush=True)
     if {slow}: time.sleep(.1)
-arms = {{"top": [dict(layers=[2, 3], rank=2)], "last": [dict(layers=[4], rank=2, objective=None)], "untouched": None}}
-items = run_arms(tiny("llama"), Letters(), QUESTIONS, arms, chosen, seeds=(0, 1), out={out!r}, **SHORT | dict(steps=10, save_every=2), on_step=slowly)
+variants = {{"top": [dict(layers=[2, 3], rank=2)], "last": [dict(layers=[4], rank=2, objective=None)], "untouched": None}}
+items = run_variants(tiny("llama"), Letters(), QUESTIONS, variants, chosen, seeds=(0, 1), out={out!r}, **SHORT | dict(steps=10, save_every=2), on_step=slowly)
 items.to_pickle({out!r} + ".table")
 """
 
@@ -406,17 +406,17 @@ def test_killed_arms_go_on_to_the_same_table(tmp_path):
 
 
 def test_arms_are_checked_before_anything_is_trained():
-    model, told = tiny("llama"), []
-    go = lambda **arms: run_arms(
-        model, Letters(), QUESTIONS, arms, chosen, seeds=[0], on_step=lambda *a: told.append(a), **SHORT
+    model, log_step = tiny("llama"), []
+    go = lambda **variants: run_variants(
+        model, Letters(), QUESTIONS, variants, chosen, seeds=[0], on_step=lambda *a: log_step.append(a), **SHORT
     )
     with pytest.raises(ValueError, match="no layer 7"):
         go(good=[dict(layers=[1])], bad=[dict(layers=[7])])
     with pytest.raises(ValueError, match="no linear map 'query'"):
         go(good=[dict(layers=[1])], bad=[dict(layers=[1], targets=["query"])])
-    assert not told
+    assert not log_step
     with pytest.raises(ValueError, match="k=6: this model has 5 layers"):
-        choose_arms(pd.Series(range(5)), k=6)
+        choose_variants(pd.Series(range(5)), k=6)
 
 
 def test_the_interval_covers_the_gain():
@@ -425,7 +425,7 @@ def test_the_interval_covers_the_gain():
     for _ in range(60):
         hard = rng.normal(0, 0.2, 80)
 
-        def arm(mean, shift):
+        def variant(mean, shift):
             return pd.concat(
                 [
                     pd.DataFrame(
@@ -443,11 +443,11 @@ def test_the_interval_covers_the_gain():
             )
 
         items = (
-            pd.concat(dict(untouched=arm(0.5, 0), better=arm(0.6, 0)), names=["arm"])
-            .reset_index("arm")
-            .set_index(["arm", "run", "set", "measure"])
+            pd.concat(dict(base_model=variant(0.5, 0), better=variant(0.6, 0)), names=["variant"])
+            .reset_index("variant")
+            .set_index(["variant", "run", "set", "measure"])
         )
-        t = compare_arms(items, n_resamples=300).loc[("x", "f1", "better")]
+        t = compare_variants(items, n_resamples=300).loc[("x", "f1", "better")]
         covered.append(t.gain_low <= 0.1 <= t.gain_high)
     assert sum(covered) >= 50
 
@@ -455,29 +455,29 @@ def test_the_interval_covers_the_gain():
 def test_perplexity_is_of_all_tokens_and_items_must_agree():
     def text(nll):
         return pd.DataFrame(
-            dict(arm="untouched", run="0-0", set="text", measure="perplexity", item=[0, 1], value=nll, tokens=[10, 30])
-        ).set_index(["arm", "run", "set", "measure"])
+            dict(variant="base_model", run="0-0", set="text", measure="perplexity", item=[0, 1], value=nll, tokens=[10, 30])
+        ).set_index(["variant", "run", "set", "measure"])
 
-    assert np.isclose(compare_arms(text([20.0, 90.0])).value.iloc[0], np.exp(110 / 40))
-    other = text([20.0, 90.0]).assign(item=[0, 2]).rename(index=dict(untouched="other"))
+    assert np.isclose(compare_variants(text([20.0, 90.0])).value.iloc[0], np.exp(110 / 40))
+    other = text([20.0, 90.0]).assign(item=[0, 2]).rename(index=dict(base_model="other"))
     with pytest.raises(ValueError, match="different items"):
-        compare_arms(pd.concat([text([20.0, 90.0]), other]))
+        compare_variants(pd.concat([text([20.0, 90.0]), other]))
 
 
 def test_arms_are_drawn_from_the_top():
-    "In the table's order without the arm that they are held against, or in a given one; an arm that one measure does not move is there."
+    "In the table's order without the variant that they are held against, or in a given one; a variant that one measure does not move is there."
     index = pd.MultiIndex.from_product(
-        [["x"], ["mc1", "ahead"], ["late", "early", "untouched"]], names=["set", "measure", "arm"]
+        [["x"], ["mc1", "margin"], ["late", "early", "base_model"]], names=["set", "measure", "variant"]
     )
     table = pd.DataFrame(dict(gain=[0.0, 0.2, 0, 0.3, 0.4, 0]), index).assign(
         gain_low=lambda t: t.gain * 0.9, gain_high=lambda t: t.gain * 1.1
     )
     shown = lambda *given: [
-        [*zip(ax.lines[1].get_ydata(orig=True), ax.lines[1].get_xdata())][::-1] for ax in plot_arms(table, *given)
+        [*zip(ax.lines[1].get_ydata(orig=True), ax.lines[1].get_xdata())][::-1] for ax in plot_variants(table, *given)
     ]
-    assert shown([("x", "mc1"), ("x", "ahead")]) == [[("late", 0), ("early", 0.2)], [("late", 0.3), ("early", 0.4)]]
-    (ax,) = plot_arms(table, {("x", "ahead"): "lead"}, None, ["untouched", "early"])
-    assert shown({("x", "ahead"): "lead"}, None, ["untouched", "early"]) == [[("untouched", 0), ("early", 0.4)]] and (
+    assert shown([("x", "mc1"), ("x", "margin")]) == [[("late", 0), ("early", 0.2)], [("late", 0.3), ("early", 0.4)]]
+    (ax,) = plot_variants(table, {("x", "margin"): "lead"}, None, ["base_model", "early"])
+    assert shown({("x", "margin"): "lead"}, None, ["base_model", "early"]) == [[("base_model", 0), ("early", 0.4)]] and (
         ax.get_title(),
         ax.get_xlabel(),
     ) == ("lead", "")

@@ -17,7 +17,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_examples_run(monkeypatch):
-    for module, name in ((importance, "FROM_STATS"), (data, "QUESTIONS"), (labeling, "RULES")):
+    for module, name in ((importance, "FROM_STATS"), (data, "QUESTIONS"), (labeling, "LABEL_RULES")):
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     assert len(blocks("python")) == 3
     for code in blocks("python"):

@@ -15,7 +15,7 @@ from datasets import Dataset
 import avss_nb.data
 from avss_nb.benchmarks import count_questions, distractor_kinds, question_key, usual_name
 from avss_nb.data import QUESTION, QUESTIONS, SENTENCE, load_questions, load_sentences, load_text, read_rows
-from avss_nb.importance import halves
+from avss_nb.importance import split_half
 from conftest import NBS
 
 REPOS = dict(
@@ -358,7 +358,7 @@ def test_the_usual_name_is_what_a_machine_says():
 
 @files
 def test_nq_joins_false_answers_by_question():
-    "A false answer stands with its own question, golds in the file's order."
+    "A false answer stands with its own question, references in the file's order."
     rows = {r["question"]: r for r in load_questions("nq")}
     lines = [
         json.loads(line)
@@ -452,8 +452,8 @@ def test_triviaqa_has_no_quotes_of_a_csv_file():
             assert r["question"] == next(csv.reader([line["question"]]))[0]  # what a CSV reader makes of it
         else:
             assert r["question"] == line["question"]
-        golds = list(dict.fromkeys(next(csv.reader([a]))[0] if '""' in a else a for a in line["golden_answers"]))
-        assert r["answers"][0] in golds and r["answers"][1:] == [a for a in golds if a != r["answers"][0]]
+        references = list(dict.fromkeys(next(csv.reader([a]))[0] if '""' in a else a for a in line["golden_answers"]))
+        assert r["answers"][0] in references and r["answers"][1:] == [a for a in references if a != r["answers"][0]]
     assert quoted == 67 and not any(
         '""' in t
         for split in ("train", "test")
@@ -593,7 +593,7 @@ def test_made_files_are_read(folder):
 
 
 def test_repeats_near_ones_and_other_passages(folder):
-    "Golds of repeats count together, also against false answers of rows before; the same question about another passage is another."
+    "References of repeats count together, also against false answers of rows before; the same question about another passage is another."
     rows = [
         ("When?", "1901; In 1901", "1902"),
         ("when", "1902", "The 1903s"),
@@ -1044,14 +1044,14 @@ def test_halves_by_question():
         dict(question=[f"Question {i // 3}" + "?!"[: i % 3] for i in range(600)], n=list(range(600)))
     )
     for seed in (0, 1):
-        first, second = halves(table, seed)
+        first, second = split_half(table, seed)
         assert (
             sorted(first["n"][:] + second["n"][:]) == list(range(600))
             and first["n"][:] == sorted(first["n"])
             and 200 < len(first) < 400
         )
         assert not {question_key(q) for q in first["question"]} & {question_key(q) for q in second["question"]}
-    assert halves(table, 0)[0]["n"][:] != halves(table, 1)[0]["n"][:]
+    assert split_half(table, 0)[0]["n"][:] != split_half(table, 1)[0]["n"][:]
 
 
 @files
@@ -1060,7 +1060,7 @@ def test_a_half_can_be_halved_again():
         0.35 < len(half) / len(load_questions(name, split=split)) < 0.65
         for name in ("nq", "truthfulqa")
         for split in ("train", "test")
-        for half in halves(load_questions(name, split=split))
+        for half in split_half(load_questions(name, split=split))
     )
 
 

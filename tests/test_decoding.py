@@ -19,8 +19,8 @@ from avss_nb.decoding import (
     gain_table,
     held_out_risk,
     jensen_shannon,
-    layer_contrast,
-    layer_contrast_generate,
+    dola,
+    dola_generate,
     majority_vote,
     rerank,
 )
@@ -55,9 +55,9 @@ HEADS = dict(
 
 def reference(family: str, model, text: list[int], layers: list[int], alpha: float, penalty: float = 1.0) -> np.ndarray:
     "(V,) contrasted scores of the token after a text: no padding, no cache, norm and head by name, in numpy."
-    found, pile = {}, blocks(model)
+    found, model_layers = {}, blocks(model)
     handles = [
-        pile[l].register_forward_hook(lambda m, a, out, l=l: found.update({l: out if torch.is_tensor(out) else out[0]}))
+        model_layers[l].register_forward_hook(lambda m, a, out, l=l: found.update({l: out if torch.is_tensor(out) else out[0]}))
         for l in layers
     ]
     try:
@@ -91,7 +91,7 @@ def reference(family: str, model, text: list[int], layers: list[int], alpha: flo
 def test_scores_are_those_of_the_reference(family, side, layers):
     "Every position of every row, whatever stands beside it."
     model, batch = model_of(family), batch_of(9, 4, 6, side=side)
-    with layer_contrast(model, layers, alpha=0.2), torch.no_grad():
+    with dola(model, layers, alpha=0.2), torch.no_grad():
         scores = model(**model_inputs(model, batch)).logits
     for row, mask, found in zip(batch["input_ids"], batch["attention_mask"] == 1, scores):
         text = row[mask].tolist()
@@ -103,8 +103,8 @@ def test_scores_are_those_of_the_reference(family, side, layers):
 def test_generation_in_any_batch(family):
     "In every family, greedy and drawn: the same tokens in any batch; the numbers are those of one pass over the whole row."
     model, tokenizer = model_of(family), letters()
-    alone = layer_contrast_generate(model, tokenizer, ASKED, [0, 2], n_samples=1, batch_size=1, **GENERATION)
-    together = layer_contrast_generate(model, tokenizer, ASKED, [0, 2], n_samples=1, batch_size=32, **GENERATION)
+    alone = dola_generate(model, tokenizer, ASKED, [0, 2], n_samples=1, batch_size=1, **GENERATION)
+    together = dola_generate(model, tokenizer, ASKED, [0, 2], n_samples=1, batch_size=32, **GENERATION)
     for name in ("answer", "answer_tokens", "prompt_tokens", "sample", "id"):
         assert together[name][:] == alone[name][:], name
     assert together.features == ANSWER and sum(map(len, alone["answer_tokens"])) > 20
@@ -112,7 +112,7 @@ def test_generation_in_any_batch(family):
         n, ids = len(row["answer_tokens"]), torch.tensor([row["prompt_tokens"] + row["answer_tokens"]])
         if not n:
             continue
-        with layer_contrast(model, [0, 2]), torch.no_grad():
+        with dola(model, [0, 2]), torch.no_grad():
             logp = model(ids).logits[0, -n - 1 : -1].log_softmax(-1)
         assert row["logprobs"] == pytest.approx(logp[torch.arange(n), ids[0, -n:]].tolist(), abs=5e-4)
     assert not model._forward_hooks and not any(b._forward_hooks for b in blocks(model))
@@ -122,7 +122,7 @@ def test_generation_in_any_batch(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_greedy_is_the_reference_token_by_token(family, penalty):
     model, tokenizer = model_of(family), letters()
-    answers = layer_contrast_generate(model, tokenizer, ASKED, [0, 1, 3], repetition_penalty=penalty, **GENERATION)
+    answers = dola_generate(model, tokenizer, ASKED, [0, 1, 3], repetition_penalty=penalty, **GENERATION)
     steps = 0
     for row in answers:
         text = row["prompt_tokens"][:]
@@ -151,7 +151,7 @@ def test_penalty_is_transformers():
 def test_alpha_one_is_greedy():
     model, tokenizer = model_of("llama"), letters()
     assert (
-        layer_contrast_generate(model, tokenizer, ASKED, [1], alpha=1.0, **GENERATION)["answer_tokens"][:]
+        dola_generate(model, tokenizer, ASKED, [1], alpha=1.0, **GENERATION)["answer_tokens"][:]
         == generate_answers(model, tokenizer, ASKED, **GENERATION)["answer_tokens"][:]
     )
 
@@ -161,7 +161,7 @@ def test_options_under_contrast(family):
     "With a cache (plain) and without (Gemma's sliding window): what the reference sums up."
     model, tokenizer = model_of(family), letters()
     prompts, options = ["Who?", "Where to, then?"], [[" me", " you", "x"], [" up", " down"]]
-    with layer_contrast(model, [0, 3], alpha=0):
+    with dola(model, [0, 3], alpha=0):
         table = option_logprobs(model, tokenizer, prompts, options)
     head = "llama" if family != "gpt2" else "gpt2"
     for row in table.itertuples():
@@ -169,8 +169,8 @@ def test_options_under_contrast(family):
             len(tokenizer(prompts[row.item]).input_ids),
             tokenizer(prompts[row.item] + options[row.item][row.option]).input_ids,
         )
-        told = sum(log_softmax(reference(head, model, ids[:n], [0, 3], 0.0))[ids[n]] for n in range(start, len(ids)))
-        assert row.logprob == pytest.approx(told, abs=5e-3)
+        labelled = sum(log_softmax(reference(head, model, ids[:n], [0, 3], 0.0))[ids[n]] for n in range(start, len(ids)))
+        assert row.logprob == pytest.approx(labelled, abs=5e-3)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -188,11 +188,11 @@ def test_reads_out_every_family(family):
 
 def test_layers_are_read_out_together_or_one_by_one(monkeypatch):
     model, batch = model_of("llama"), batch_of(7, 5)
-    with layer_contrast(model, [0, 1, 3]), torch.no_grad():
+    with dola(model, [0, 1, 3]), torch.no_grad():
         together = model(**model_inputs(model, batch)).logits
     for at_once in (1, 30):
         monkeypatch.setattr("avss_nb.decoding._AT_ONCE", at_once)
-        with layer_contrast(model, [0, 1, 3]), torch.no_grad():
+        with dola(model, [0, 1, 3]), torch.no_grad():
             assert torch.allclose(model(**model_inputs(model, batch)).logits, together, atol=1e-4)
 
 
@@ -205,7 +205,7 @@ def test_hooks_are_gone_after_an_exception():
 
     handle = model.lm_head.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="inside"):
-        with layer_contrast(model, 1):
+        with dola(model, 1):
             model(batch["input_ids"])
     handle.remove()
     assert (
@@ -219,7 +219,7 @@ def test_a_model_that_cannot_be_read_out():
     model = model_of("llama")
     handle = model.register_forward_hook(lambda m, a, out: out.__setitem__("logits", out.logits.flip(-1)))
     with pytest.raises(ValueError, match="cannot be read out of an earlier block"):
-        with layer_contrast(model, 1), torch.no_grad():
+        with dola(model, 1), torch.no_grad():
             model(torch.tensor([[5, 6, 7]]))
     handle.remove()
     assert not model._forward_hooks
@@ -244,42 +244,42 @@ def test_bad_contrast(layers, options, said):
     model, calls = model_of("llama"), []
     model.register_forward_hook(lambda *a: calls.append(1))
     with pytest.raises(ValueError, match=said) as error:
-        layer_contrast_generate(model, letters(), ASKED, layers, **options)
+        dola_generate(model, letters(), ASKED, layers, **options)
     assert "\n" not in str(error.value) and not calls
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_no_causal_decoder(family):
     with pytest.raises(ValueError, match="no causal decoder"):
-        layer_contrast(tiny(family), 1)
+        dola(tiny(family), 1)
 
 
 def test_all_blocks_may_be_candidates_and_the_penalty_needs_the_text():
     model = model_of("llama")
-    with layer_contrast(model, range(5)), torch.no_grad():
+    with dola(model, range(5)), torch.no_grad():
         model(torch.tensor([[5, 6, 7]]))
     with torch.no_grad():
         past = returned_cache(model(torch.tensor([[5, 6]]), use_cache=True))
     with pytest.raises(ValueError, match="whole text"):
-        with layer_contrast(model, 1, repetition_penalty=1.2), torch.no_grad():
+        with dola(model, 1, repetition_penalty=1.2), torch.no_grad():
             model(torch.tensor([[7]]), **{cache_argument(model): past})
 
 
 def test_answers_are_kept_by_setting(tmp_path):
     "A folder of one contrast is not gone on with by another."
     model, tokenizer = model_of("llama"), letters()
-    first = layer_contrast_generate(model, tokenizer, ASKED, [1], out=tmp_path, **GENERATION)
-    assert layer_contrast_generate(model, tokenizer, ASKED, 1, out=tmp_path, **GENERATION)[:] == first[:]
+    first = dola_generate(model, tokenizer, ASKED, [1], out=tmp_path, **GENERATION)
+    assert dola_generate(model, tokenizer, ASKED, 1, out=tmp_path, **GENERATION)[:] == first[:]
     with pytest.raises(ValueError):
-        layer_contrast_generate(model, tokenizer, ASKED, [2], out=tmp_path, **GENERATION)
+        dola_generate(model, tokenizer, ASKED, [2], out=tmp_path, **GENERATION)
 
 
 def test_divergence_by_scipy():
     from scipy.spatial.distance import jensenshannon
 
     p, q = np.random.default_rng(0).dirichlet(np.ones(9), (2, 5))
-    told = [jensenshannon(a, b) ** 2 for a, b in zip(p, q)]
-    assert jensen_shannon(torch.tensor(p).log(), torch.tensor(q).log()).tolist() == pytest.approx(told)
+    labelled = [jensenshannon(a, b) ** 2 for a, b in zip(p, q)]
+    assert jensen_shannon(torch.tensor(p).log(), torch.tensor(q).log()).tolist() == pytest.approx(labelled)
     assert contrast(torch.tensor(p).log(), torch.tensor(q).log(), alpha=0).numpy() == pytest.approx(np.log(p / q))
 
 
@@ -310,8 +310,8 @@ def test_rerank_takes_the_calmest_and_the_first_of_equals():
     answers = made_answers()
     assert rerank(answers, [1, 1, 1, 0, 0])["answer"][:] == ["Oslo", "Quito"]
     assert rerank(answers, [2, 3, 1, 3, 2.5])["answer"][:] == ["the oslo", "Lima."]
-    told = rerank(answers, majority_vote(answers))
-    assert told["answer"][:] == ["Oslo", "Lima"] and set(told.column_names) == set(answers)
+    labelled = rerank(answers, majority_vote(answers))
+    assert labelled["answer"][:] == ["Oslo", "Lima"] and set(labelled.column_names) == set(answers)
     assert majority_vote(answers).tolist() == pytest.approx([-1, -2 / 3, -1, -1 / 3, -2 / 3])
 
 
@@ -365,7 +365,7 @@ FINE = (np.arange(10_000) + 0.5) / 10_000
 @pytest.mark.parametrize("grid", [None, np.linspace(0.05, 1, 20)], ids=["by number", "grid"])
 def test_the_promise_is_kept(kind, confidence, grid):
     "Of 600 calibration sets the true risk is above the one asked for in no more than 1 − confidence, but for luck."
-    broken, n, risk = 0, 600, 0.3
+    violation_rate, n, risk = 0, 600, 0.3
     for seed in range(n):
         rng = np.random.default_rng(seed)
         s = rng.random(120)
@@ -375,8 +375,8 @@ def test_the_promise_is_kept(kind, confidence, grid):
         rule = abstain(s, wrong, risk, confidence, grid)
         all_s = FINE if kind != "ties" else np.arange(1, 11) / 10 - 1e-9
         below = all_s < rule.threshold
-        broken += below.any() and RISKS[kind](all_s[below]).mean() > risk
-    assert sps.binomtest(broken, n, 1 - confidence, alternative="greater").pvalue > 0.001, broken / n
+        violation_rate += below.any() and RISKS[kind](all_s[below]).mean() > risk
+    assert sps.binomtest(violation_rate, n, 1 - confidence, alternative="greater").pvalue > 0.001, violation_rate / n
 
 
 def test_the_first_failure_ends_it():
@@ -457,8 +457,8 @@ def test_held_out_halves():
     assert (
         0.2 < table.coverage.good < 0.5
         and table.risk.good < 0.3
-        and table.broken.good < 0.3
-        and table.silent.useless > 0.8
+        and table.violation_rate.good < 0.3
+        and table.no_answer_rate.useless > 0.8
     )
     assert given.shape == (400, 2) and given.good[s < 0.1].mean() > 0.8 > 0.1 > given.good[s > 0.8].mean()
     with pytest.raises(ValueError, match="400 labels, and 3 groups"):

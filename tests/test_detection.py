@@ -256,7 +256,7 @@ def test_bad_answers_are_named(change, error, message):
 # ---- states of answers
 
 
-def told(*lengths, seed=0):
+def labelled(*lengths, seed=0):
     "Prompts and answers of random tokens."
     draw = np.random.default_rng(seed)
     return [
@@ -278,7 +278,7 @@ class Pads:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_states_are_those_of_each_answer_alone(family, side):
-    model, rows = tiny(family), told(4, 1, 0, 6, 2)
+    model, rows = tiny(family), labelled(4, 1, 0, 6, 2)
     found = answer_states(model, Pads(side), pd.DataFrame(rows), at=("last", "mean"), batch_size=3)
     assert found["last"].shape == (5, 5, 32) and np.isnan(found["last"][2]).all() and np.isnan(found["mean"][2]).all()
     for i in (0, 1, 3, 4):
@@ -293,7 +293,7 @@ def test_states_are_those_of_each_answer_alone(family, side):
 
 
 def test_a_state_that_is_not_finite_is_named_and_no_hook_stays():
-    model, rows = tiny("llama"), told(3, 2)
+    model, rows = tiny("llama"), labelled(3, 2)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="layer 2: the state of answer 0"):
@@ -302,7 +302,7 @@ def test_a_state_that_is_not_finite_is_named_and_no_hook_stays():
     with pytest.raises(ValueError, match="not 'first'"):
         answer_states(model, Pads("left"), pd.DataFrame(rows), at="first")
     with pytest.raises(ValueError, match="none of 1 answers has a token"):
-        answer_states(model, Pads("left"), pd.DataFrame(told(0)))
+        answer_states(model, Pads("left"), pd.DataFrame(labelled(0)))
     with pytest.raises(ValueError, match="no column 'prompt_tokens'"):
         answer_states(model, Pads("left"), pd.DataFrame(rows)[["answer_tokens"]])
 
@@ -553,7 +553,7 @@ def test_a_layer_that_means_something_is_found_and_adds():
 
 
 def test_noise_adds_nothing_however_many_layers_there_are():
-    "Layers picked from 300 of noise cost what layers drawn by lot cost, and no more: they are picked where they are not fitted."
+    "Layers picked from 300 of noise cost what layers drawn at random cost, and no more: they are picked where they are not fitted."
     found = []
     for seed in range(12):
         wrong, _, length = planted(120, seed=seed)

@@ -207,7 +207,7 @@ def test_equal_to_layer_statistics_over_the_same_tokens():
             yield dict(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                count_mask=torch.arange(ids.shape[1])[None] >= len(row["prompt_tokens"]),
+                token_mask=torch.arange(ids.shape[1])[None] >= len(row["prompt_tokens"]),
             )
 
     direct, pooled = collect_stats(model, counted()), answer_stats(model, pads(), answers, batch_size=1).pooled()

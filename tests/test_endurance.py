@@ -19,7 +19,7 @@ import avss_nb.data
 import avss_nb.labeling
 import avss_nb.shipping
 import avss_nb.study
-from avss_nb.ablations import run_arms
+from avss_nb.ablations import run_variants
 from avss_nb.contrastive import contrastive_tune
 from avss_nb.runs import check_folder, claim_folder, stored_table
 from avss_nb.labeling import generate_answers
@@ -38,7 +38,7 @@ PLAN = dict(
     study=dict(changes=14, kills=14),
     prune=dict(changes=10, kills=8),
     answers=dict(changes=6, kills=14),
-    arms=dict(changes=20, kills=12),
+    variants=dict(changes=20, kills=12),
     tune=dict(changes=20, kills=10),
 )
 
@@ -88,35 +88,35 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: of(folder / name) for name in files(folder) if (folder / name).is_file()}
 
 
-@pytest.mark.parametrize("name", ["study", "prune", "answers", "arms"])
+@pytest.mark.parametrize("name", ["study", "prune", "answers", "variants"])
 def test_a_killed_run_ends_with_the_same_files(killed, name):
     "To the last bit, and with nothing besides."
-    place, told = killed
-    whole = contents(place / f"{name}-whole")
-    assert len(whole) > 3
-    for i in range(len(told[name])):
+    place, log_step = killed
+    base_model = contents(place / f"{name}-whole")
+    assert len(base_model) > 3
+    for i in range(len(log_step[name])):
         found = contents(place / f"{name}-{i}")
-        assert sorted(found) == sorted(whole) and not [n for n in whole if found[n] != whole[n]]
+        assert sorted(found) == sorted(base_model) and not [n for n in base_model if found[n] != base_model[n]]
 
 
 def test_killed_trainings_end_with_the_same_weights(killed):
-    whole, *others = (torch.load(f, weights_only=True) for f in sorted(killed[0].glob("tune-*.weights"), reverse=True))
-    assert others and all(torch.equal(w[name], whole[name]) for w in others for name in whole)
+    base_model, *others = (torch.load(f, weights_only=True) for f in sorted(killed[0].glob("tune-*.weights"), reverse=True))
+    assert others and all(torch.equal(w[name], base_model[name]) for w in others for name in base_model)
 
 
 # ---- damaged files, other settings, no space
 
 
 def spoil(file: Path, how: str):
-    whole = file.read_bytes()
+    base_model = file.read_bytes()
     if how == "cut":
-        file.write_bytes(whole[: len(whole) // 2 - 1])
+        file.write_bytes(base_model[: len(base_model) // 2 - 1])
     if how == "row":
-        file.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+        file.write_bytes(b"".join(base_model.splitlines(keepends=True)[:-1]))
     if how == "empty":
         file.write_bytes(b"")
     if how == "zeros":
-        file.write_bytes(bytes(len(whole)))
+        file.write_bytes(bytes(len(base_model)))
     if how == "garbage":
         file.write_bytes(b"\xff\xd8" + os.urandom(200))
     if how == "foreign":
@@ -139,11 +139,11 @@ def told_or_same(work, folder: Path, wanted: dict[str, bytes], spoilt: str) -> b
             assert contents(folder) == before
         (folder / spoilt).unlink()
         work(folder)
-        told = True
+        log_step = True
     else:
-        told = False
+        log_step = False
     assert contents(folder) == wanted
-    return told
+    return log_step
 
 
 @pytest.fixture(scope="module")
@@ -192,9 +192,9 @@ def answered(out: Path, n: int = 8, **options):
 
 
 def armed(out: Path, **options):
-    arms = dict(top=[dict(layers=[2], rank=2)], untouched=None)
-    return run_arms(
-        tiny("llama"), Letters(), QUESTIONS, arms, chosen, seeds=(0,), out=out, **SHORT | dict(steps=2) | options
+    variants = dict(top=[dict(layers=[2], rank=2)], base_model=None)
+    return run_variants(
+        tiny("llama"), Letters(), QUESTIONS, variants, chosen, seeds=(0,), out=out, **SHORT | dict(steps=2) | options
     )
 
 
@@ -209,7 +209,7 @@ def small_chunks(model_folder):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "arms"])
+@pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "variants"])
 def test_a_damaged_file_of_answers_and_arms(tmp_path, work, name, how):
     work(tmp_path / "out")
     wanted = contents(tmp_path / "out")
@@ -217,7 +217,7 @@ def test_a_damaged_file_of_answers_and_arms(tmp_path, work, name, how):
     assert told_or_same(work, tmp_path / "out", wanted, name)
 
 
-@pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "arms"])
+@pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "variants"])
 def test_cut_at_every_line_end(tmp_path, work, name):
     work(tmp_path / "out")
     lines = (tmp_path / "out" / name).read_bytes().splitlines(keepends=True)
@@ -259,10 +259,10 @@ def test_a_table_that_was_cut_anywhere(tmp_path, table, index):
         check_exact=True,
         **({} if len(table) else dict(check_dtype=False, check_index_type=False)),
     )
-    whole = file.read_bytes()
-    for n in range(len(whole)):
-        file.write_bytes(whole[:n])
-        assert is_damaged(file, index), whole[:n]
+    base_model = file.read_bytes()
+    for n in range(len(base_model)):
+        file.write_bytes(base_model[:n])
+        assert is_damaged(file, index), base_model[:n]
     table.to_csv(file)  # as tables were written before
     assert not is_damaged(file, index)
 
@@ -278,7 +278,7 @@ def test_tables_of_a_study_cut_at_every_line_end(killed, tmp_path):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("work, name", [(answered, "settings.json"), (armed, "arms.json")], ids=["answers", "arms"])
+@pytest.mark.parametrize("work, name", [(answered, "settings.json"), (armed, "variants.json")], ids=["answers", "variants"])
 def test_a_damaged_note_of_settings_is_not_guessed(tmp_path, work, name, how):
     work(tmp_path / "out")
     spoil(tmp_path / "out" / name, how)
@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, how):
 @pytest.mark.parametrize(
     "work, change",
     [(answered, dict(seed=1)), (answered, dict(n=6)), (armed, dict(learning_rate=1e-3)), (armed, dict(steps=3))],
-    ids=["answers, seed", "answers, questions", "arms, rate", "arms, steps"],
+    ids=["answers, seed", "answers, questions", "variants, rate", "variants, steps"],
 )
 def test_other_settings_are_not_mixed_in(tmp_path, work, change):
     work(tmp_path / "out")
@@ -377,15 +377,15 @@ def test_another_model_at_the_same_path(at_hand, model_folder, tmp_path, monkeyp
             work(tmp_path / "out", model)
 
     begun()
-    whole = note.read_bytes()
+    base_model = note.read_bytes()
     for file in model.iterdir():
         os.utime(file, (0, 0))
     begun()
     change(model)
     with pytest.raises(ValueError, match="holds a run with content=.*choose another folder"):
         work(tmp_path / "out", model)
-    assert note.read_bytes() == whole
-    old = json.loads(whole)
+    assert note.read_bytes() == base_model
+    old = json.loads(base_model)
     del old["settings"]["content"]
     note.write_text(json.dumps(old))
     begun()
@@ -410,7 +410,7 @@ def scored_in(out: Path, model):
 
 
 def arms_in(out: Path, model):
-    return run_arms(model, Letters(), QUESTIONS, dict(untouched=None), chosen, seeds=(0,), out=out, **SHORT)
+    return run_variants(model, Letters(), QUESTIONS, dict(base_model=None), chosen, seeds=(0,), out=out, **SHORT)
 
 
 @pytest.mark.parametrize("work", [tuned_in, healed_in, taught_in, scored_in, arms_in])
@@ -433,11 +433,11 @@ def test_notes_of_the_stored_studies_are_accepted():
     )
 
 
-@pytest.mark.parametrize("work", [answered, armed], ids=["answers", "arms"])
+@pytest.mark.parametrize("work", [answered, armed], ids=["answers", "variants"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, work):
     "No space at the n-th file: an error that names it; with space again, the rest is made and nothing else."
-    work(tmp_path / "whole")
-    wanted, replace, room = contents(tmp_path / "whole"), os.replace, [0]
+    work(tmp_path / "base_model")
+    wanted, replace, room = contents(tmp_path / "base_model"), os.replace, [0]
 
     def full(source, target):
         room[0] -= 1
@@ -471,7 +471,7 @@ def test_files_that_may_not_grow(tmp_path):
     assert stored_table(tmp_path / "table.csv", lambda: table).equals(table)
 
 
-@pytest.mark.parametrize("work", [answered, armed], ids=["answers", "arms"])
+@pytest.mark.parametrize("work", [answered, armed], ids=["answers", "variants"])
 def test_a_file_in_the_folders_place(tmp_path, work):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "out"):

@@ -95,7 +95,7 @@ def test_updates_by_hand(family):
     got, _ = read(tiny(family), batch)
     for i in range(5):
         x, y, update, relative = (
-            got[i, p][batch["count_mask"]].double().numpy() for p in ("input", "output", "update", "relative_update")
+            got[i, p][batch["token_mask"]].double().numpy() for p in ("input", "output", "update", "relative_update")
         )
         np.testing.assert_allclose(update, y - x, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(relative, (y - x) / np.sqrt((x**2).mean(-1, keepdims=True)), rtol=1e-5, atol=1e-6)
@@ -163,7 +163,7 @@ def naive(activations: list[np.ndarray], masks: list[np.ndarray], reduce: str, e
 
 def kept_activations(model, some_batches: list[dict]):
     "Activations at every point, float64, and masks."
-    masks = [b["count_mask"].numpy() for b in some_batches]
+    masks = [b["token_mask"].numpy() for b in some_batches]
     runs = [read(model, b)[0] for b in some_batches]
     return {
         key: [run[key].double().numpy().reshape(*m.shape, -1) for run, m in zip(runs, masks)] for key in runs[0]
@@ -173,8 +173,8 @@ def kept_activations(model, some_batches: list[dict]):
 def uneven_batches(side: str) -> list[dict]:
     "Padded batches; one row has first positions that do not count, another counts nothing."
     some = [batch_of(9, 2, 5, side=side, seed=1), batch_of(4, 7, side=side, seed=2)]
-    some[0]["count_mask"][0, :3] = False
-    some[1]["count_mask"][0] = False
+    some[0]["token_mask"][0, :3] = False
+    some[1]["token_mask"][0] = False
     return some
 
 
@@ -218,15 +218,15 @@ def test_skipping_equals_building_without(family, layers):
     for batch in (batch_of(7, 3, 5), batch_of(7, 3, 5, side="left")):
         inputs = model_inputs(model, batch)
         with torch.no_grad():
-            built, whole = without(model, layers)(**inputs).logits, model(**inputs).logits
+            built, base_model = without(model, layers)(**inputs).logits, model(**inputs).logits
         with torch.no_grad(), skip_layers(model, layers):
             skipped = model(**inputs).logits
         with torch.no_grad():
             after = model(**inputs).logits
-        counted = batch["count_mask"]
+        counted = batch["token_mask"]
         close(skipped[counted], built[counted], rtol=0, atol=0)
-        close(after, whole, rtol=0, atol=0)
-        assert (skipped - whole)[counted].abs().max() > 1e-3
+        close(after, base_model, rtol=0, atol=0)
+        assert (skipped - base_model)[counted].abs().max() > 1e-3
 
 
 def generate(model, ids, **options):
@@ -296,7 +296,7 @@ def naive_loss(model, some_batches) -> float:
             logp = F.log_softmax(model(**model_inputs(model, b)).logits.double(), -1)
         for row in range(len(logp)):
             for t in range(1, logp.shape[1]):
-                if b["count_mask"][row, t] and b["attention_mask"][row, t - 1]:
+                if b["token_mask"][row, t] and b["attention_mask"][row, t - 1]:
                     total, n = total - logp[row, t - 1, b["input_ids"][row, t]].item(), n + 1
     return total / n
 
@@ -304,8 +304,8 @@ def naive_loss(model, some_batches) -> float:
 @each_decoder
 def test_leave_one_out_equals_building_without(family):
     model, some = tiny(family), uneven_batches("left")
-    whole = naive_loss(model, some)
-    wanted = [naive_loss(without(model, [i]), some) - whole for i in range(5)]
+    base_model = naive_loss(model, some)
+    wanted = [naive_loss(without(model, [i]), some) - base_model for i in range(5)]
     np.testing.assert_allclose(
         leave_one_out(model, some), wanted, rtol=1e-5, atol=2e-6
     )  # 2e-6: float32 rounding of a loss of 5 nats
@@ -398,9 +398,9 @@ def test_padding_moves_nothing(family, side):
         dict(
             input_ids=ids[m][None],
             attention_mask=torch.ones(1, int(m.sum()), dtype=torch.long),
-            count_mask=torch.ones(1, int(m.sum()), dtype=torch.bool),
+            token_mask=torch.ones(1, int(m.sum()), dtype=torch.bool),
         )
-        for ids, m in zip(padded["input_ids"], padded["count_mask"])
+        for ids, m in zip(padded["input_ids"], padded["token_mask"])
     ]
     wanted, found = (collect_stats(model, some, points=POINTS, reduce=REDUCTIONS) for some in (alone, [padded]))
     for point in POINTS:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as to_bytes
 
-from avss_nb.ablations import run_arms
+from avss_nb.ablations import run_variants
 from avss_nb.data import QUESTION, SENTENCE, load_questions, load_sentences, load_text, read_rows
 from avss_nb.runs import check_folder, claim_folder, stored_table
 from avss_nb.eavss import AnswerStats, hsav, answer_stats
@@ -468,11 +468,11 @@ def test_names_of_arms(place, name):
     def items(*args):
         return pd.DataFrame(dict(set="x", measure="m", item=[0], value=[1.0], tokens=1)).set_index(["set", "measure"])
 
-    folder = place / "arms" / "inner"
+    folder = place / "variants" / "inner"
     shutil.rmtree(folder.parent, ignore_errors=True)
     folder.mkdir(parents=True)
     with watched(folder, "names"):
-        clear(lambda: run_arms(LLAMA, Letters(), QUESTIONS, {name: None}, items, out=folder))
+        clear(lambda: run_variants(LLAMA, Letters(), QUESTIONS, {name: None}, items, out=folder))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("avss_nb.sparsity._measure_items", items)
             clear(lambda: measure_plans(LLAMA, Letters(), {name: None}, [], out=folder))

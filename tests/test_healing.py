@@ -47,13 +47,13 @@ def weights(model):
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_every_family_learns_from_its_teacher_and_leaves_it_alone(family, tmp_path):
-    whole = tiny(family)
-    small, before = prune_layers(whole, [1]), weights(whole)
-    after = healed(small, whole, steps=12, learning_rate=3e-3)
+    base_model = tiny(family)
+    small, before = prune_layers(base_model, [1]), weights(base_model)
+    after = healed(small, base_model, steps=12, learning_rate=3e-3)
     with torch.no_grad():
-        assert healing_loss(after, ROWS, whole) < healing_loss(small, ROWS, whole)
-    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in whole.named_parameters())
-    assert not whole.training and not after.training and len(blocks(after)) == 4
+        assert healing_loss(after, ROWS, base_model) < healing_loss(small, ROWS, base_model)
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in base_model.named_parameters())
+    assert not base_model.training and not after.training and len(blocks(after)) == 4
     after.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = batch_of(9)["input_ids"]
@@ -64,46 +64,46 @@ def test_every_family_learns_from_its_teacher_and_leaves_it_alone(family, tmp_pa
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
-    whole = tiny("llama").to(dtype)
-    small = prune_layers(whole, [1])
-    after = healed(small, whole, steps=12, learning_rate=3e-3)
+    base_model = tiny("llama").to(dtype)
+    small = prune_layers(base_model, [1])
+    after = healed(small, base_model, steps=12, learning_rate=3e-3)
     assert {p.dtype for p in after.parameters()} == {dtype}
     with torch.no_grad():
-        assert healing_loss(after, ROWS, whole) < 0.95 * healing_loss(small, ROWS, whole)
+        assert healing_loss(after, ROWS, base_model) < 0.95 * healing_loss(small, ROWS, base_model)
 
 
 def test_what_is_not_trained_is_shared():
-    whole = tiny("llama")
-    after = healed(prune_layers(whole, [1]), whole)
-    own, theirs = dict(after.named_parameters()), {p.data_ptr() for p in whole.parameters()}
+    base_model = tiny("llama")
+    after = healed(prune_layers(base_model, [1]), base_model)
+    own, theirs = dict(after.named_parameters()), {p.data_ptr() for p in base_model.parameters()}
     shared = {name for name, p in own.items() if p.data_ptr() in theirs}
     assert shared == {name for name in own if "proj" not in name}, shared
 
 
 def test_a_teacher_that_is_the_model_itself_teaches_nothing():
-    whole, losses = tiny("llama"), []
-    healed(whole, whole, on_step=lambda step, loss: losses.append(loss))
+    base_model, losses = tiny("llama"), []
+    healed(base_model, base_model, on_step=lambda step, loss: losses.append(loss))
     assert abs(losses[0]) < 1e-5
 
 
 def test_an_error_in_training_leaves_the_models_as_they_were():
-    whole = tiny("llama")
-    small, before = prune_layers(whole, [1]), weights(whole)
+    base_model = tiny("llama")
+    small, before = prune_layers(base_model, [1]), weights(base_model)
 
     def stop(step, loss):
         if step == 3:
             raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
-        healed(small, whole, on_step=stop)
-    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in whole.named_parameters())
+        healed(small, base_model, on_step=stop)
+    assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in base_model.named_parameters())
     assert not any("lora" in name for name, _ in small.named_parameters())
 
 
 def test_the_callers_random_numbers_go_on():
-    whole = tiny("llama")
+    base_model = tiny("llama")
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist()
-    healed(prune_layers(whole, [1]), whole)
+    healed(prune_layers(base_model, [1]), base_model)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state().tolist())
 
 
@@ -140,37 +140,37 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
     steps = second.communicate()[0].split()
     assert second.returncode == 0 and steps[0] == "8" and steps[-1] == "19", steps
     assert straight.wait() == 0
-    cut, whole = (torch.load(tmp_path / f"{name}.weights", weights_only=True) for name in ("cut", "straight"))
-    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    cut, base_model = (torch.load(tmp_path / f"{name}.weights", weights_only=True) for name in ("cut", "straight"))
+    assert all(torch.equal(cut[name], base_model[name]) for name in base_model)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
-    whole, steps = tiny("llama"), []
+    base_model, steps = tiny("llama"), []
     options = dict(out=tmp_path / "run", save_every=3)
-    first = healed(prune_layers(whole, [1]), whole, **options)
-    again = healed(prune_layers(whole, [1]), whole, on_step=lambda step, loss: steps.append(step), **options)
+    first = healed(prune_layers(base_model, [1]), base_model, **options)
+    again = healed(prune_layers(base_model, [1]), base_model, on_step=lambda step, loss: steps.append(step), **options)
     assert not steps and all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters()))
 
 
 @pytest.mark.parametrize("change", [dict(seed=1), dict(rank=2), dict(steps=7)], ids=str)
 def test_a_folder_of_another_run_is_left_alone(tmp_path, change):
-    whole = tiny("llama")
-    healed(prune_layers(whole, [1]), whole, out=tmp_path / "run")
+    base_model = tiny("llama")
+    healed(prune_layers(base_model, [1]), base_model, out=tmp_path / "run")
     before = sorted(p.name for p in (tmp_path / "run").iterdir())
     with pytest.raises(ValueError, match="holds a run with"):
-        healed(prune_layers(whole, [1]), whole, out=tmp_path / "run", **change)
+        healed(prune_layers(base_model, [1]), base_model, out=tmp_path / "run", **change)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
 
 
 def test_costs_of_a_cache_that_is_not_keys_and_values():
     with pytest.raises(ValueError, match="holds no keys and values"):
-        decoding_cost(dict(whole=tiny("mamba")), repeats=1, n_tokens=2)
+        decoding_cost(dict(base_model=tiny("mamba")), repeats=1, n_tokens=2)
 
 
 def test_cost_counts_shared_weights_once():
-    whole = tiny("llama", tie_word_embeddings=True)
-    cost = decoding_cost(dict(whole=whole, small=prune_layers(whole, [1])), repeats=1, n_tokens=2, prompt_tokens=3)
-    assert cost.weight_bytes["whole"] == 4 * whole.num_parameters() == 4 * cost.parameters["whole"]
+    base_model = tiny("llama", tie_word_embeddings=True)
+    cost = decoding_cost(dict(base_model=base_model, small=prune_layers(base_model, [1])), repeats=1, n_tokens=2, prompt_tokens=3)
+    assert cost.weight_bytes["base_model"] == 4 * base_model.num_parameters() == 4 * cost.parameters["base_model"]
     assert cost.cache_bytes.tolist() == [
         n * 2 * 2 * 8 * 4 * 5 for n in (5, 4)
     ]  # blocks × keys and values × heads × width × bytes × tokens

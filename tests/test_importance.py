@@ -8,7 +8,7 @@ import torch
 
 from avss_nb.evaluation import LinearProbe, row_losses
 from avss_nb.hooks import read_activations, run_blocks
-from avss_nb.importance import FROM_STATS, angular_distance, halves, layer_scores, leave_one_out, shapley, sleb, taylor
+from avss_nb.importance import FROM_STATS, angular_distance, sublayer_names, layer_scores, leave_one_out, shapley, sleb, taylor
 from avss_nb.metrics import avss, collect_stats
 from avss_nb.models import blocks
 from avss_nb.surgery import PassThrough, skip_layers
@@ -54,7 +54,7 @@ def test_every_score_is_finite_and_has_a_row_for_each_layer(family):
             *(["taylor", "leave_one_out", "sleb", "shapley"] if family not in ENCODERS else []),
         ],
     )
-    assert scores.index.tolist() == list(range(5)) and np.isfinite(scores.drop(columns="avss_authors")).all(axis=None)
+    assert scores.index.tolist() == list(range(5)) and np.isfinite(scores.drop(columns="avss_published_code")).all(axis=None)
     np.testing.assert_array_equal(scores.avss, avss(collect_stats(model, texts())))
 
 
@@ -64,13 +64,13 @@ def test_halves_of_blocks(family):
     model, methods = tiny(family), ["avss", "variance", "block_influence", "magnitude"]
     if family in NO_HALVES:
         with pytest.raises(ValueError, match=NO_HALVES[family]):
-            layer_scores(model, texts(), methods, halves(model))
+            layer_scores(model, texts(), methods, sublayer_names(model))
         return
-    scores = layer_scores(model, texts(), methods, halves(model))
-    assert scores.index.tolist() == halves(model) and (scores > 0).all(axis=None)
-    whole = layer_scores(model, texts(), ["magnitude"]).magnitude
+    scores = layer_scores(model, texts(), methods, sublayer_names(model))
+    assert scores.index.tolist() == sublayer_names(model) and (scores > 0).all(axis=None)
+    base_model = layer_scores(model, texts(), ["magnitude"]).magnitude
     norms = [sum(p.abs().sum().item() for p in block.parameters() if p.dim() < 2) for block in blocks(model)]
-    np.testing.assert_allclose(scores.magnitude.to_numpy().reshape(5, 2).sum(1) + norms, whole, rtol=1e-6)
+    np.testing.assert_allclose(scores.magnitude.to_numpy().reshape(5, 2).sum(1) + norms, base_model, rtol=1e-6)
 
 
 @each_family
@@ -93,11 +93,11 @@ def test_leave_one_out_of_halves_equals_skipping(family):
     model = tiny(family)
     if family == "mamba":
         with pytest.raises(ValueError, match="no 'attention' found in MambaBlock"):
-            leave_one_out(model, texts(), halves(model))
+            leave_one_out(model, texts(), sublayer_names(model))
         return
     loss = loss_of(family, model)
-    found = leave_one_out(model, texts(), halves(model), loss)
-    for unit in halves(model):
+    found = leave_one_out(model, texts(), sublayer_names(model), loss)
+    for unit in sublayer_names(model):
         with skip_layers(model, [unit]):
             wanted = mean_loss(model, loss)
         np.testing.assert_allclose(found[unit], wanted - mean_loss(model, loss), rtol=1e-6, atol=1e-9)
@@ -111,15 +111,15 @@ def test_leave_one_out_of_halves_equals_skipping(family):
 @each_family
 def test_greedy_removal_equals_the_plain_way(family):
     model = tiny(family)
-    loss, gone = loss_of(family, model), []
+    loss, removed = loss_of(family, model), []
     for _ in range(3):
 
         def cost(i):
-            with skip_layers(model, [*gone, i]):
+            with skip_layers(model, [*removed, i]):
                 return mean_loss(model, loss)
 
-        gone.append(min((i for i in range(5) if i not in gone), key=cost))
-    assert sleb(model, texts(), 3, loss=loss, race=None) == gone
+        removed.append(min((i for i in range(5) if i not in removed), key=cost))
+    assert sleb(model, texts(), 3, loss=loss, early_stop=None) == removed
 
 
 def test_a_race_drops_only_those_clearly_behind():
@@ -129,15 +129,15 @@ def test_a_race_drops_only_those_clearly_behind():
     def loss(model, batch):
         "Each missing layer costs its own price, give or take what depends on the text."
         runs.append(1)
-        gone = [i for i, block in enumerate(blocks(model)) if isinstance(block, PassThrough) and block.hidden is None]
+        removed = [i for i, block in enumerate(blocks(model)) if isinstance(block, PassThrough) and block.hidden is None]
         noise = torch.rand(4, 5, generator=torch.Generator().manual_seed(int(batch["input_ids"].sum())))
-        return sum(torch.tensor([5.0, 1.0, 3.0, 0.8, 4.0])[i] + noise[:, i] for i in gone).double(), torch.ones(4)
+        return sum(torch.tensor([5.0, 1.0, 3.0, 0.8, 4.0])[i] + noise[:, i] for i in removed).double(), torch.ones(4)
 
     counts, orders = {}, {}
-    for race in (None, 1e9, 3.0, 0.0):
+    for early_stop in (None, 1e9, 3.0, 0.0):
         runs.clear()
-        orders[race] = sleb(model, some, 2, race=race, loss=loss)
-        counts[race] = len(runs)
+        orders[early_stop] = sleb(model, some, 2, early_stop=early_stop, loss=loss)
+        counts[early_stop] = len(runs)
     assert counts[None] == counts[1e9] == 6 * (5 + 4) and counts[0.0] <= counts[3.0] < counts[None] / 2
     assert orders[None] == orders[1e9] == orders[3.0] == [3, 1]
 
@@ -176,7 +176,7 @@ def test_shapley_values_by_all_orders(family):
 
 def test_shapley_of_halves_and_of_a_few_units():
     model = tiny("llama")
-    units = halves(model)[:4]
+    units = sublayer_names(model)[:4]
     found = shapley(model, texts(), units, worst=np.inf)
     with skip_layers(model, units):
         without_them = mean_loss(model, row_losses)
@@ -236,13 +236,13 @@ def test_taylor_against_finite_differences(family):
 @each_family
 def test_angular_distance_is_the_angle_at_the_last_counted_token(family):
     model, some = tiny(family), texts()
-    some[0]["count_mask"][0, 7:] = False
+    some[0]["token_mask"][0, 7:] = False
     angles = []
     for batch in some:
         states = {}
         with read_activations(model, ["input"], lambda layer, point, a: states.update({layer: a})):
             run_blocks(model, batch)
-        for row, counted in enumerate(batch["count_mask"]):
+        for row, counted in enumerate(batch["token_mask"]):
             x = torch.stack([states[i][row, counted.nonzero().max()].double() for i in range(5)])
             angles.append(
                 [
@@ -258,7 +258,7 @@ def test_scores_do_not_depend_on_batching():
     model, methods = tiny("llama"), [*FROM_STATS, "taylor", "leave_one_out", "shapley"]
     alone = [{k: v[i : i + 1] for k, v in batch.items()} for batch in texts() for i in range(len(batch["index"]))]
     for b in alone:
-        b.update({k: v[:, : int(b["count_mask"].sum())] for k, v in b.items() if v.dim() == 2})
+        b.update({k: v[:, : int(b["token_mask"].sum())] for k, v in b.items() if v.dim() == 2})
     np.testing.assert_allclose(
         layer_scores(model, alone, methods), layer_scores(model, texts("left"), methods), rtol=1e-4
     )
@@ -268,7 +268,7 @@ def test_a_model_without_some_units_is_left_as_it_was():
     model = tiny("llama").train()
     before = [*blocks(model)]
     for run in (
-        lambda: leave_one_out(model, texts(), halves(model)),
+        lambda: leave_one_out(model, texts(), sublayer_names(model)),
         lambda: sleb(model, texts(), 2),
         lambda: shapley(model, texts(), worst=np.inf),
         lambda: taylor(model, texts()),
@@ -340,7 +340,7 @@ def test_halves_turn_the_stream_by_hand(family):
     ):
         for batch in some:
             run_blocks(model, batch)
-    found = layer_scores(model, some, ["block_influence", "variance"], halves(model))
+    found = layer_scores(model, some, ["block_influence", "variance"], sublayer_names(model))
     for layer in range(5):
         with (
             skip_layers(model, [f"mlp.{layer}"]),
@@ -354,7 +354,7 @@ def test_halves_turn_the_stream_by_hand(family):
             (f"mlp.{layer}", zip(lone[layer], y[layer])),
         ):
             a, b = (
-                torch.cat([t[batch["count_mask"]] for t, batch in zip(side, some)]).double() for side in zip(*pairs)
+                torch.cat([t[batch["token_mask"]] for t, batch in zip(side, some)]).double() for side in zip(*pairs)
             )
             assert found.block_influence[unit] == pytest.approx(
                 (1 - torch.cosine_similarity(a, b, dim=-1)).mean().item(), abs=1e-5
@@ -372,4 +372,4 @@ def test_a_reader_that_was_there_before_sees_the_half_as_zero():
         skip_layers(model, ["attention.1", "mlp.3"]),
     ):
         run_blocks(model, texts()[0])
-    assert [unit for unit in halves(model) if seen[unit] == 0] == ["attention.1", "mlp.3"]
+    assert [unit for unit in sublayer_names(model) if seen[unit] == 0] == ["attention.1", "mlp.3"]

@@ -23,7 +23,7 @@ from avss_nb.labeling import (
     ANSWER,
     LABELS,
     REFUSALS,
-    RULES,
+    LABEL_RULES,
     STYLES,
     build_prompts,
     exact_match,
@@ -66,9 +66,9 @@ def letters(adds=(), template=None):
     return made
 
 
-def questions(*texts, golds=("x",), distractors=("y",)):
+def questions(*texts, references=("x",), distractors=("y",)):
     return [
-        dict(id=f"q{i}", question=t, answers=list(golds), distractors=list(distractors), source="made")
+        dict(id=f"q{i}", question=t, answers=list(references), distractors=list(distractors), source="made")
         for i, t in enumerate(texts)
     ]
 
@@ -100,14 +100,14 @@ def test_batched_is_unbatched(family, skipped):
             assert row["logprobs"] == pytest.approx(logp[torch.arange(n), ids[0, -n:]].tolist(), abs=2e-4)
             assert row["entropies"] == pytest.approx((-logp.exp() * logp).sum(-1).tolist(), abs=2e-4)
             if row["sample"] == 0 and not skipped:
-                told = model.generate(
+                labelled = model.generate(
                     ids[:, :-n],
                     attention_mask=torch.ones_like(ids[:, :-n]),
                     max_new_tokens=n,
                     do_sample=False,
                     pad_token_id=1,
                 )
-                assert told[0, -n:].tolist() == row["answer_tokens"]
+                assert labelled[0, -n:].tolist() == row["answer_tokens"]
     assert together.features == ANSWER and sum(map(len, alone["answer_tokens"])) > 40
 
 
@@ -460,27 +460,27 @@ def test_rouge_as_others_wrote_it(said, gold):
 
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.sampled_from(STYLES))
 @settings(deadline=None, max_examples=300)
-def test_overlap_is_consistent(said, golds, style):
-    each = [token_f1(said, g, style) for g in golds]
+def test_overlap_is_consistent(said, references, style):
+    each = [token_f1(said, g, style) for g in references]
     assert (
-        token_f1(said, golds, style) == max(each)
+        token_f1(said, references, style) == max(each)
         and all(0 <= f <= 1 for f in each)
-        and all(token_f1(g, said, style) == pytest.approx(f) for g, f in zip(golds, each))
+        and all(token_f1(g, said, style) == pytest.approx(f) for g, f in zip(references, each))
     )
-    assert exact_match(said, golds, style) == max(exact_match(said, g, style) for g in golds)
-    if exact_match(said, golds, style):
-        assert token_f1(said, golds, style, both_empty=1.0) == 1
-    assert rouge_l(said, golds) == pytest.approx(max(rouge_l(said, g) for g in golds))
+    assert exact_match(said, references, style) == max(exact_match(said, g, style) for g in references)
+    if exact_match(said, references, style):
+        assert token_f1(said, references, style, both_empty=1.0) == 1
+    assert rouge_l(said, references) == pytest.approx(max(rouge_l(said, g) for g in references))
     if any(unicodedata.category(c)[0] in "LMN" for c in said):
-        assert rouge_l(said, [*golds, said]) == pytest.approx(1)
+        assert rouge_l(said, [*references, said]) == pytest.approx(1)
 
 
 # ---- rules
 
 
-def labels(rule, answer, golds, distractors=("zzz",), **options):
+def labels(rule, answer, references, distractors=("zzz",), **options):
     return label_answers(
-        [dict(id="a", question="?", answers=list(golds), distractors=list(distractors), answer=answer)], rule, **options
+        [dict(id="a", question="?", answers=list(references), distractors=list(distractors), answer=answer)], rule, **options
     )[rule if isinstance(rule, str) else options.get("name", rule.__name__)][0]
 
 
@@ -488,11 +488,11 @@ def labels(rule, answer, golds, distractors=("zzz",), **options):
 @settings(deadline=None, max_examples=80)
 def test_rules_imply_each_other(rows):
     table = [
-        dict(id=str(i), question="?", answers=golds, distractors=["zzz"], answer=answer)
-        for i, (answer, golds) in enumerate(rows)
+        dict(id=str(i), question="?", answers=references, distractors=["zzz"], answer=answer)
+        for i, (answer, references) in enumerate(rows)
     ]
-    columns = {rule: label_answers(table, rule)[rule] for rule in RULES}
-    for (answer, golds), *found in zip(rows, *columns.values()):
+    columns = {rule: label_answers(table, rule)[rule] for rule in LABEL_RULES}
+    for (answer, references), *found in zip(rows, *columns.values()):
         found = dict(zip(columns, found))
         assert set(found.values()) <= set(LABELS)
         if {"empty", "refused"} & set(found.values()):
@@ -502,20 +502,20 @@ def test_rules_imply_each_other(rows):
             assert found["alias"] == found["f1"] == found["choice"] == "right"
         if found["choice"] == "right":
             assert found["alias"] == "right"
-        words, parts = normalize_answer(answer).split(), [normalize_answer(g).split() for g in golds]
+        words, parts = normalize_answer(answer).split(), [normalize_answer(g).split() for g in references]
         inside = any(p == words[i : i + len(p)] for p in parts if p for i in range(len(words)))
         assert (found["alias"] == "right") == (
-            inside or answer.strip().casefold() in {g.strip().casefold() for g in golds}
+            inside or answer.strip().casefold() in {g.strip().casefold() for g in references}
         )
 
 
 @pytest.mark.parametrize("answer", ["", " ", "\n\n", "...", "—", "\u200b", None, float("nan")], ids=repr)
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", LABEL_RULES)
 def test_empty_answers(rule, answer):
     assert labels(rule, answer, ["Lima"]) == "empty"
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", LABEL_RULES)
 def test_refusals(rule):
     for phrase in REFUSALS:
         assert (
@@ -532,7 +532,7 @@ def test_refusals(rule):
     assert labels(rule, "I have no comment", ["I have no comment"]) == "refused" and labels(rule, "+", ["+"]) == "right"
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", LABEL_RULES)
 @pytest.mark.parametrize("gold", ["A", "the", "...", ""])
 def test_a_gold_that_is_nothing_matches_nothing_else(rule, gold):
     assert labels(rule, "Mark Twain", [gold]) == "wrong" == labels(rule, "an", [gold])
@@ -541,13 +541,13 @@ def test_a_gold_that_is_nothing_matches_nothing_else(rule, gold):
 
 @pytest.mark.parametrize("rule", ["alias", "choice"])
 def test_the_questions_own_words_prove_nothing(rule):
-    say = lambda answer, golds, question="What is the capital of Peru?": label_answers(
-        [dict(id="a", question=question, answers=golds, distractors=["Quito"], answer=answer)], rule
+    say = lambda answer, references, question="What is the capital of Peru?": label_answers(
+        [dict(id="a", question=question, answers=references, distractors=["Quito"], answer=answer)], rule
     )[rule][0]
-    golds = ["Lima", "Capital of Peru"]
+    references = ["Lima", "Capital of Peru"]
     assert (
-        say("The capital of Peru is Cusco.", golds) == "wrong"
-        and say("The capital of Peru is Lima.", golds) == say("capital of Peru!", golds) == "right"
+        say("The capital of Peru is Cusco.", references) == "wrong"
+        and say("The capital of Peru is Lima.", references) == say("capital of Peru!", references) == "right"
     )
     assert say("The Sun is", ["Sun"], "Which is larger, the Sun or the Moon?") == "right"  # there is no other gold
 
@@ -598,7 +598,7 @@ def test_style_changes_what_is_equal():
         "wrong",
     ]
     for dash in "‐‑‒–—―−﹘﹣-":
-        assert [labels(rule, f"1914{dash}18 war", ["1914-18 war"]) for rule in RULES] == ["right"] * 5
+        assert [labels(rule, f"1914{dash}18 war", ["1914-18 war"]) for rule in LABEL_RULES] == ["right"] * 5
 
 
 def test_a_plain_table_is_enough():
@@ -621,8 +621,8 @@ def test_a_plain_table_is_enough():
 @pytest.mark.parametrize(
     "change, error",
     [
-        (dict(answers=[["x"], []]), r"row 1 \(id 'b'\) has no list of golds"),
-        (dict(answers=["x", "y"]), r"row 0 \(id 'a'\) has no list of golds: `answers` is 'x'"),
+        (dict(answers=[["x"], []]), r"row 1 \(id 'b'\) has no list of references"),
+        (dict(answers=["x", "y"]), r"row 0 \(id 'a'\) has no list of references: `answers` is 'x'"),
         (dict(answers=[["x"], [3]]), "row 1"),
     ],
 )
@@ -645,9 +645,9 @@ def test_options_of_sciq():
     rows = load_questions("sciq")
     say = lambda options: [dict(r, answer=o) for r in rows for o in options(r)]
     right, wrong = say(lambda r: r["answers"]), say(lambda r: r["distractors"])
-    for rule in RULES:
+    for rule in LABEL_RULES:
         assert set(label_answers(right, rule)[rule]) == {"right"}
-    called = {rule: label_answers(wrong, rule)[rule][:].count("right") for rule in RULES}
+    called = {rule: label_answers(wrong, rule)[rule][:].count("right") for rule in LABEL_RULES}
     assert (
         called["exact"] == called["choice"] == 0 and called["alias"] < 30 and called["f1"] > 500
     )  # one word of two in common is F1 .5
@@ -677,13 +677,13 @@ TABLE = [
     ids=repr,
 )
 def test_what_a_judge_may_say(verdict, label):
-    assert label_answers(TABLE[:1], lambda q, a, golds: verdict, name="mine")["mine"][:] == [label]
+    assert label_answers(TABLE[:1], lambda q, a, references: verdict, name="mine")["mine"][:] == [label]
 
 
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("verdict", [float("nan"), None, 2.0, -0.1, "maybe", "1", [1, 2], "nan"], ids=repr)
 def test_nonsense_names_row_and_judge(verdict, batched):
-    def judge(question, answer, golds):
+    def judge(question, answer, references):
         return verdict if answer == "z" else True
 
     if batched:
@@ -695,18 +695,18 @@ def test_nonsense_names_row_and_judge(verdict, batched):
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_judge_that_raises(tmp_path, batched):
     "The row is named, the verdicts before it are kept, no triple is judged twice, and empty or refusing answers not at all."
-    asked, broken = [], [True]
+    asked, violation_rate = [], [True]
 
-    def judge(question, answer, golds):
+    def judge(question, answer, references):
         asked.append(answer)
-        if answer == "z" and broken:
+        if answer == "z" and violation_rate:
             raise TimeoutError("gone")
         return answer == "x"
 
     if batched:
 
         def batch(triples):
-            if broken:
+            if violation_rate:
                 raise TimeoutError("gone")
             return [judge(*t) for t in triples]
 
@@ -714,7 +714,7 @@ def test_a_judge_that_raises(tmp_path, batched):
     with pytest.raises(RuntimeError, match=r"judge 'judge' failed at row 3 \(id 'r3'\): gone"):
         label_answers(TABLE, judge, out=tmp_path / "v.json")
     assert asked == ["x", "y", "z"] and len(json.loads((tmp_path / "v.json").read_text())["verdicts"]) == 2
-    broken.clear()
+    violation_rate.clear()
     asked.clear()
     wanted = ["right", "wrong", "empty", "wrong", "right", "refused", "wrong"]
     assert label_answers(TABLE, judge, out=tmp_path / "v.json")["judge"][:] == wanted and asked == ["z", "w"]
@@ -730,7 +730,7 @@ def test_a_judge_that_raises(tmp_path, batched):
 def test_a_killed_judge_keeps_its_verdicts(tmp_path):
     asked = []
 
-    def judge(question, answer, golds):
+    def judge(question, answer, references):
         asked.append(answer)
         if len(asked) == 3:
             raise KeyboardInterrupt
@@ -833,7 +833,7 @@ def test_a_model_that_gives_nan_or_is_no_classifier():
 # ---- tables
 
 
-def told(**columns):
+def labelled(**columns):
     n = len(next(iter(columns.values())))
     return pd.DataFrame(
         dict(id=[f"q{i // 2}" for i in range(n)], question="?", answers=[["x"]] * n, answer="y") | columns
@@ -844,7 +844,7 @@ R, W, E = "right", "wrong", "empty"
 
 
 def test_kappa_by_hand():
-    table = told(a=[R, R, R, W, W, W, E], b=[R, R, W, W, W, R, E], c=[R] * 6 + [E])
+    table = labelled(a=[R, R, R, W, W, W, E], b=[R, R, W, W, W, R, E], c=[R] * 6 + [E])
     kappa = rule_agreement(table)
     assert (
         kappa.loc["a", "b"] == kappa.loc["b", "a"] == pytest.approx((4 / 6 - 0.5) / 0.5)
@@ -858,7 +858,7 @@ def test_kappa_by_hand():
 
 
 def test_counts_add_up():
-    table = told(a=[R, R, R, W, W, E, "refused", E], kind=list("kkkkllll"))
+    table = labelled(a=[R, R, R, W, W, E, "refused", E], kind=list("kkkkllll"))
     counts = label_counts(table)
     assert (
         counts.loc["a", ["asked", "empty", "refused", "right", "wrong"]].tolist() == [8, 2, 1, 3, 2]
@@ -872,7 +872,7 @@ def test_counts_add_up():
         and by.share.tolist() == [0.75, 0]
         and np.isnan(by.low.iloc[1])
     )
-    paired = told(a=[R, R, W, W] * 20)  # two answers a question, always the same: as wide as 40 answers, not 80
+    paired = labelled(a=[R, R, W, W] * 20)  # two answers a question, always the same: as wide as 40 answers, not 80
     width = lambda t: label_counts(t).eval("high - low").iloc[0]
     assert width(paired) / width(paired.assign(id=[f"q{i}" for i in range(80)])) == pytest.approx(2**0.5, rel=0.15)
 
@@ -880,7 +880,7 @@ def test_counts_add_up():
 @given(st.lists(st.tuples(st.sampled_from([R, W, E, "refused"]), st.sampled_from([R, W, E])), min_size=1, max_size=30))
 @settings(deadline=None, max_examples=60)
 def test_quality_is_scikit_learns(pairs):
-    table = told(a=[a for a, _ in pairs], hand=[h for _, h in pairs])
+    table = labelled(a=[a for a, _ in pairs], hand=[h for _, h in pairs])
     quality = rule_quality(table).loc["a"]
     both = [(a == W, h == W) for a, h in pairs if {a, h} <= {R, W}]
     assert quality.n == len(both)
@@ -896,7 +896,7 @@ def test_quality_is_scikit_learns(pairs):
 
 @pytest.mark.skipif(not os.environ.get("AVSS_NB_DATA"), reason="needs the benchmark sets (AVSS_NB_DATA)")
 def test_the_rules_say_of_the_audit_what_it_holds():
-    "Labels by hand, and beside them what each rule says by the sets' own golds."
+    "Labels by hand, and beside them what each rule says by the sets' own references."
     audit = pd.read_csv(Path(__file__).with_name("audit.csv"), keep_default_na=False)
     assert audit.groupby("set").size().to_dict() == dict.fromkeys(
         ["nq", "sciq", "triviaqa", "truthfulqa", "wikiqa"], 30
@@ -906,9 +906,9 @@ def test_the_rules_say_of_the_audit_what_it_holds():
         {k: asked[row.set][row.id][k] for k in ("id", "question", "answers", "distractors")} | dict(answer=row.answer)
         for row in audit.itertuples()
     ]
-    for rule in RULES:
-        told = [row for row in rows if row["distractors"] or rule != "choice"]
-        labels = dict(zip([row["id"] for row in told], label_answers(pd.DataFrame(told), rule)[rule]))
+    for rule in LABEL_RULES:
+        labelled = [row for row in rows if row["distractors"] or rule != "choice"]
+        labels = dict(zip([row["id"] for row in labelled], label_answers(pd.DataFrame(labelled), rule)[rule]))
         assert audit[rule].tolist() == [labels.get(id, "") for id in audit.id], rule
     judge = similarity_judge(*load_model("minilm-l6"), pd.DataFrame(rows).to_dict("records"))
     assert audit.similarity.tolist() == label_answers(pd.DataFrame(rows), judge)["similarity"][:]

@@ -68,8 +68,8 @@ def test_another_process_finds_the_same_logits(reloaded, family):
     found = reloaded[family]
     assert torch.equal(found["pruned"], found["skipped"]) and torch.equal(found["logits"], found["pruned"])
     with torch.no_grad():
-        whole = found["model"](**inputs("left" if family not in ENCODERS else "right"))[0]
-    assert not torch.allclose(whole, found["pruned"]) and len(blocks(found["model"])) == 5
+        base_model = found["model"](**inputs("left" if family not in ENCODERS else "right"))[0]
+    assert not torch.allclose(base_model, found["pruned"]) and len(blocks(found["model"])) == 5
 
 
 @pytest.mark.parametrize("family", [f for f in ALL if f not in ENCODERS])

@@ -17,7 +17,7 @@ from avss_nb.surgery import skip_layers
 from tiny import one_thread
 
 TEXTS = ["Water boils at a hundred degrees.", "Ice floats, since it is lighter than the water that it was made of."]
-CHOICES = {"whole": [], "one": [2], "same": (2,), "half": ["mlp.1"]}
+CHOICES = {"base_model": [], "one": [2], "same": (2,), "half": ["mlp.1"]}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_items_are_those_of_the_model_without_the_layers(sets, items):
     assert items.loc[("one", "questions")].value.tolist() == right.correct.tolist()
     pd.testing.assert_frame_equal(items.loc["one"], items.loc["same"])
     assert not np.allclose(*(items.loc[(name, "perplexity")].value for name in ("one", "half")))
-    assert items.groupby("choice").removes.first().to_dict() == dict(whole="", one="2", same="2", half="mlp.1")
+    assert items.groupby("choice").removes.first().to_dict() == dict(base_model="", one="2", same="2", half="mlp.1")
 
 
 def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
         measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["without-nothing.csv"]
     resumed = measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
-    assert begun == [(), (2,), (2,), ("mlp.1",)]  # the whole model once, equal choices once
+    assert begun == [(), (2,), (2,), ("mlp.1",)]  # the base model once, equal choices once
     pd.testing.assert_frame_equal(resumed, items, check_exact=True)
 
 
@@ -79,7 +79,7 @@ def test_wrong_choices_are_refused_before_anything_runs(sets, monkeypatch):
     model, tokenizer, *data = sets
     monkeypatch.setattr(avss_nb.pruning, "measure_items", lambda *args: pytest.fail("work was begun"))
     with pytest.raises(ValueError, match="no layer 5"):
-        measure_removal(model, tokenizer, dict(whole=[], wrong=[5]), *data)
+        measure_removal(model, tokenizer, dict(base_model=[], wrong=[5]), *data)
 
 
 def made(nll: list[float], right: list[float], tokens=(10, 30)) -> pd.DataFrame:
@@ -93,7 +93,7 @@ def made(nll: list[float], right: list[float], tokens=(10, 30)) -> pd.DataFrame:
 def test_differences_by_hand():
     both = pd.concat(dict(a=made([10.0, 60], [1, 1, 0, 1]), b=made([20.0, 90], [1, 0, 0, 0])), names=["choice"])
     found = paired_difference(both, "a", ["b", "a"])
-    assert found.difference["perplexity", "b"] == pytest.approx((10 + 30) / 40)  # nats a token
+    assert found.difference["perplexity", "b"] == pytest.approx((10 + 30) / 40)  # nats/token
     assert found.difference["questions", "b"] == pytest.approx(0.5)
     assert (found.xs("a", level="other") == 0).all(axis=None)
     back = paired_difference(both, "b", ["a"])
@@ -124,7 +124,7 @@ def test_retention_table_by_hand():
     ).set_index("measure")
     both = pd.concat(
         dict(
-            whole=pd.concat([made([10.0, 30], [1, 1, 1, 0]), sentiment([1.0, 1, 1, 1])]),
+            base_model=pd.concat([made([10.0, 30], [1, 1, 1, 0]), sentiment([1.0, 1, 1, 1])]),
             cut=pd.concat([made([20.0, 60], [1, 1, 0, 0]), sentiment([1.0, 1, 1, 0])]),
         ),
         names=["choice"],
@@ -136,15 +136,15 @@ def test_retention_table_by_hand():
     assert table.questions_raw["cut"] == pytest.approx(0.5 / 0.75) and table.questions_corrected[
         "cut"
     ] == pytest.approx(0.25 / 0.5)
-    assert table.sentiment_corrected["cut"] == pytest.approx(0.5) and table.questions_corrected["whole"] == 1
+    assert table.sentiment_corrected["cut"] == pytest.approx(0.5) and table.questions_corrected["base_model"] == 1
 
 
 def test_no_ability_cannot_be_retained():
     sentiment = pd.DataFrame(
         dict(measure="sentiment", item=range(4), value=[1.0, 0, 1, 0], tokens=np.nan, removes="")
     ).set_index("measure")
-    both = pd.concat(dict(whole=pd.concat([made([10.0, 30], [1, 1, 1, 0]), sentiment])), names=["choice"])
-    assert np.isnan(retention_table(both, chance=0.25).sentiment_corrected["whole"])
+    both = pd.concat(dict(base_model=pd.concat([made([10.0, 30], [1, 1, 1, 0]), sentiment])), names=["choice"])
+    assert np.isnan(retention_table(both, chance=0.25).sentiment_corrected["base_model"])
 
 
 def test_chance_counts_each_questions_options():

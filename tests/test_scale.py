@@ -97,7 +97,7 @@ def everything(model, texts, answers) -> dict:
         scores=spread_scores(
             model,
             texts,
-            ["avss", "avss_authors", "block_influence", "influence_ahead", "leave_one_out", "magnitude", "random"],
+            ["avss", "avss_published_code", "block_influence", "influence_downstream", "leave_one_out", "magnitude", "random"],
         ),
     )
 
@@ -312,13 +312,13 @@ def test_tables_come_back_to_the_last_bit(table, tmp_path):
 
 def kept_on_disk(model, folder: Path, way: str):
     "The model with all or some of its weights elsewhere."
-    pile = next(name for name, m in model.named_modules() if m is blocks(model))
+    model_layers = next(name for name, m in model.named_modules() if m is blocks(model))
     rest = {
         name.rsplit(".", 1)[0]
         for name, _ in [*model.named_parameters(), *model.named_buffers()]
-        if not name.startswith(f"{pile}.")
+        if not name.startswith(f"{model_layers}.")
     } | {"lm_head"}
-    places = dict.fromkeys(rest, "cpu") | {f"{pile}.{i}": "disk" if i in (1, 3, 4) else "cpu" for i in range(5)}
+    places = dict.fromkeys(rest, "cpu") | {f"{model_layers}.{i}": "disk" if i in (1, 3, 4) else "cpu" for i in range(5)}
     if way == "memory":
         return cpu_offload(deepcopy(model), torch.device("cpu"))
     if way == "disk":
@@ -338,17 +338,17 @@ def check_same(model, other, batches: list[dict]):
         assert torch.equal(*(s.sums[name] for s in stats)), name
     said = [answer_stats(m, TOKENIZER, some_answers(3), ("relative_update",)) for m in (model, other)]
     assert torch.equal(*(s.sums["relative_update.sumsq"] for s in said))
-    methods = ["avss", "block_influence", "avss_ahead", "leave_one_out", "magnitude"]
+    methods = ["avss", "block_influence", "avss_downstream", "leave_one_out", "magnitude"]
     pd.testing.assert_frame_equal(*(layer_scores(m, batches, methods) for m in (model, other)), check_exact=True)
     pd.testing.assert_series_equal(*(angular_distance(m, batches, 2) for m in (model, other)), check_exact=True)
     pd.testing.assert_frame_equal(
         *(removal_losses(m, batches, ["attention.1", "mlp.3", 4]) for m in (model, other)), check_exact=True
     )
-    whole = [row_losses(m, batches[0])[0] for m in (model, other)]
+    base_model = [row_losses(m, batches[0])[0] for m in (model, other)]
     with skip_layers(model, [0, 3]), skip_layers(other, [0, 3]):
         left = [row_losses(m, batches[0])[0] for m in (model, other)]
-    assert torch.equal(*left) and torch.equal(*whole) and not torch.equal(left[0], whole[0])
-    assert torch.equal(row_losses(other, batches[0])[0], whole[0])  # the blocks are back
+    assert torch.equal(*left) and torch.equal(*base_model) and not torch.equal(left[0], base_model[0])
+    assert torch.equal(row_losses(other, batches[0])[0], base_model[0])  # the blocks are back
 
 
 @pytest.mark.parametrize(

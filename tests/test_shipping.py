@@ -55,13 +55,13 @@ def files(folder) -> list[str]:
 def test_the_folder_holds_the_model_without_its_lowest_layers(folder, pruned):
     scores = pd.read_csv(pruned / "layer_scores.csv", index_col="layer").avss
     lowest = sorted(scores.nsmallest(2).index)
-    whole, small = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (folder, pruned))
+    base_model, small = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (folder, pruned))
     ids = torch.arange(5, 25)[None]
-    with torch.no_grad(), skip_layers(whole, lowest):
-        wanted = whole(ids).logits
+    with torch.no_grad(), skip_layers(base_model, lowest):
+        wanted = base_model(ids).logits
     with torch.no_grad():
         assert torch.equal(small(ids).logits, wanted)
-    assert len(blocks(small)) == 6 and len(blocks(whole)) == 8
+    assert len(blocks(small)) == 6 and len(blocks(base_model)) == 8
     card = (pruned / "README.md").read_text()
     assert (
         f"layers {', '.join(map(str, lowest))} " in card
@@ -74,7 +74,7 @@ def test_the_folder_holds_the_model_without_its_lowest_layers(folder, pruned):
 def test_the_card_says_what_was_measured(pruned):
     left, card = pd.read_csv(pruned / "retention.csv", index_col=0), (pruned / "README.md").read_text()
     assert (
-        f"| {left.perplexity['whole']:,.3f} | {left.perplexity['pruned']:,.3f} | {left.perplexity_retained['pruned']:.2f} ["
+        f"| {left.perplexity['base_model']:,.3f} | {left.perplexity['pruned']:,.3f} | {left.perplexity_retained['pruned']:.2f} ["
         in card
     )
 
@@ -200,7 +200,7 @@ def test_a_healed_model_has_its_own_column_and_goes_on_after_a_kill(folder, prun
         and "Nothing was trained" not in card
     )
     assert (
-        left.index.tolist() == ["whole", "pruned", "healed"]
+        left.index.tolist() == ["base_model", "pruned", "healed"]
         and f"{left.perplexity['healed']:,.3f} | {left.perplexity_retained['healed']:.2f} [" in card
     )
     small, unhealed = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (healed, pruned))

@@ -16,8 +16,8 @@ from avss_nb.metrics import N_BINS, LayerStats, magnitude_bins
 from avss_nb.models import blocks, load_model
 from avss_nb.pruning import measure_removal, paired_difference
 from avss_nb.surgery import skip_layers
-from avss_nb.allocation import _MOST, _spectrum, acttail_plan, greedy_plan, hill_exponent, measure_plans, sparse_arms, weight_exponents
-from avss_nb.sparsity import RULES, SparseLinear, _column_product, densify_layer, make_sparse, sparsify_layer, _random_mask, projection_sizes, calibrate_thresholds, load_sparse, make_sparse, mean_sparsity, projection_stats, projections, quantile, realised_sparsity, sparsify, top_k, uniform_plan
+from avss_nb.allocation import _MOST, _spectrum, acttail_plan, greedy_plan, hill_exponent, measure_plans, sparse_variants, weight_exponents
+from avss_nb.sparsity import SPARSITY_RULES, SparseLinear, _column_product, densify_layer, make_sparse, sparsify_layer, _random_mask, projection_sizes, calibrate_thresholds, load_sparse, make_sparse, mean_sparsity, projection_stats, projections, quantile, realised_sparsity, sparsify, top_k, uniform_plan
 from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
@@ -100,7 +100,7 @@ def test_calibration_is_the_same_in_any_batch(family):
 def test_histogram_is_that_of_the_inputs(tmp_path):
     model, batch, seen = tiny("llama"), batch_of(9, 4, 6), {}
     handles = [
-        m.register_forward_pre_hook(lambda m, a, key=(i, name): seen.update({key: a[0][batch["count_mask"]]}))
+        m.register_forward_pre_hook(lambda m, a, key=(i, name): seen.update({key: a[0][batch["token_mask"]]}))
         for i, b in enumerate(blocks(model))
         for name, m in projections(b).items()
     ]
@@ -187,7 +187,7 @@ def test_sparse_map_is_the_dense_map_of_the_masked_input(rule, value, dtype):
     sparsify_layer(linear, rule, value, 7)
     assert torch.equal(linear(x), expected) and isinstance(linear, nn.Linear)
     densify_layer(linear)
-    assert type(linear) is nn.Linear and not {"rule", "value", "by_column"} & vars(linear).keys()
+    assert type(linear) is nn.Linear and not {"rule", "value", "sparse_gemv"} & vars(linear).keys()
 
 
 # ---- sparsify
@@ -200,7 +200,7 @@ def test_sparsify_leaves_nothing(family):
     before, kinds = out(model, batch), [type(m) for m in model.modules()]
     attributes = [set(vars(m)) for m in model.modules()]
     stats = projection_stats(model, [batch])
-    for rule in RULES:
+    for rule in SPARSITY_RULES:
         with sparsify(model, uniform_plan(model, 0.0), rule, stats):
             assert torch.equal(out(model, batch), before)
         with pytest.raises(RuntimeError, match="inside"), sparsify(model, plan_of(model), rule, stats):
@@ -356,7 +356,7 @@ def test_other_types_and_longer_inputs_take_the_dense_form(monkeypatch):
     with torch.no_grad():
         make_sparse(tiny("llama").bfloat16(), 0.5, "top_k")(torch.tensor([[5]]))
         make_sparse(tiny("llama"), 0.5, "top_k")(torch.tensor([[5, 6]]))
-        make_sparse(tiny("llama"), 0.5, "top_k", by_column=False)(torch.tensor([[5]]))
+        make_sparse(tiny("llama"), 0.5, "top_k", sparse_gemv=False)(torch.tensor([[5]]))
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def test_a_saved_model_is_as_sparse(folder):
     assert torch.equal(out(load_model(path)[0], batch), out(model, batch)) and not hasattr(
         model.config, "activation_sparsity"
     )  # without it: the dense model
-    assert {p.data_ptr() for p in make_sparse(model, 0.5, "top_k", by_column=False).parameters()} == {
+    assert {p.data_ptr() for p in make_sparse(model, 0.5, "top_k", sparse_gemv=False).parameters()} == {
         p.data_ptr() for p in model.parameters()
     }
 
@@ -421,7 +421,7 @@ def test_greedy_is_the_reference(lazy):
     def error(levels):
         with sparsify(model, pd.DataFrame([levels], index=[2]), stats=stats), torch.no_grad():
             y = block(*inputs["args"], **inputs["kwargs"])
-        return ((y - inputs["y"])[batch["count_mask"]].norm() / inputs["y"][batch["count_mask"]].norm()).item()
+        return ((y - inputs["y"])[batch["token_mask"]].norm() / inputs["y"][batch["token_mask"]].norm()).item()
 
     level = dict.fromkeys(size.index, 0.0)
     for number in range(1, 7):
@@ -493,20 +493,20 @@ def test_arms_leave_out_what_they_say():
     "All four as many inputs, of a share that is no round number; by thresholds the first two, calibrated on the sparse model."
     model, text, share = tiny("llama"), [batch_of(9, 4, 6)], 1 / 3
     path = greedy_plan(model, text, projection_stats(model, text), share, share / 10)
-    arms = {name: make() for name, make in sparse_arms(model, text, share, path, weight_exponents(model)).items()}
-    assert [(name, arm.get("rule", "threshold")) for name, arm in arms.items()] == [
+    variants = {name: make() for name, make in sparse_variants(model, text, share, path, weight_exponents(model)).items()}
+    assert [(name, variant.get("rule", "threshold")) for name, variant in variants.items()] == [
         ("uniform", "threshold"),
         ("greedy", "threshold"),
         ("ActTail", "top_k"),
         ("random", "random"),
     ]
-    for name, arm in arms.items():
-        with sparsify(model, **arm):
+    for name, variant in variants.items():
+        with sparsify(model, **variant):
             assert abs(mean_sparsity(model, realised_sparsity(model, text)) - share) < 0.02, name
-        if "stats" in arm:
+        if "stats" in variant:
             assert all(
-                torch.equal(sums, arm["stats"].sums[of])
-                for of, sums in projection_stats(model, text, arm["plan"]).sums.items()
+                torch.equal(sums, variant["stats"].sums[of])
+                for of, sums in projection_stats(model, text, variant["plan"]).sums.items()
             ), name
 
 
@@ -517,29 +517,29 @@ def test_plans_are_measured_as_removals_are(tmp_path, monkeypatch):
         ["Water boils at a hundred degrees.", "Ice floats on water."],
         load_questions("atlas", n=4),
     )
-    arms = {
-        "whole": None,
+    variants = {
+        "base_model": None,
         "half": dict(plan=0.5, rule="top_k"),
         "both": dict(plan=0.25, rule="top_k", skip=[2]),
         "short": dict(skip=[2]),
     }
-    items = measure_plans(model, tokenizer, arms, texts, questions, out=tmp_path)
-    pd.testing.assert_frame_equal(items, measure_plans(model, tokenizer, arms, texts, questions), check_dtype=False)
+    items = measure_plans(model, tokenizer, variants, texts, questions, out=tmp_path)
+    pd.testing.assert_frame_equal(items, measure_plans(model, tokenizer, variants, texts, questions), check_dtype=False)
     monkeypatch.setattr(sparsity, "_measure_items", None)
     pd.testing.assert_frame_equal(
-        items, measure_plans(model, tokenizer, arms, texts, questions, out=tmp_path), check_exact=True
+        items, measure_plans(model, tokenizer, variants, texts, questions, out=tmp_path), check_exact=True
     )  # what is stored is not measured again
     with pytest.raises(ValueError, match="no layer 9"):
-        measure_plans(model, tokenizer, arms | dict(more=dict(skip=[9])), texts)
+        measure_plans(model, tokenizer, variants | dict(more=dict(skip=[9])), texts)
     removed = (
         measure_removal(model, tokenizer, dict(short=[2]), texts, questions, load_sentences("words", n=2))
         .loc["short"]
         .loc[["perplexity", "questions"]]
     )
     assert items.loc["short"].value.tolist() == removed.value.tolist()
-    gain = paired_difference(items, "whole", ["half", "both", "short", "whole"])
+    gain = paired_difference(items, "base_model", ["half", "both", "short", "base_model"])
     assert (
-        gain.difference["perplexity", "whole"] == 0
+        gain.difference["perplexity", "base_model"] == 0
         and gain.notna().all(axis=None)
         and items.groupby("measure").size().to_dict() == dict(perplexity=8, questions=16)
     )
@@ -588,7 +588,7 @@ def test_bad_calibration():
         calibrate_thresholds(stats, pd.DataFrame(dict(q_proj=[0.5]), index=[7]))
     with pytest.raises(ValueError, match="no calibration histogram for layer 3"):
         greedy_plan(model, [batch], without)
-    for given in ([], [batch | dict(count_mask=batch["count_mask"] & False)]):
+    for given in ([], [batch | dict(token_mask=batch["token_mask"] & False)]):
         with pytest.raises(ValueError, match="no token was counted"):
             projection_stats(model, given)
     with pytest.raises(ValueError, match="no projection is sparse"):

@@ -73,7 +73,7 @@ def batch_of(rows: list[list[int]], width: int, left: bool, uncounted: set[int] 
     pad = lambda r, fill: [fill] * (width - len(r)) + r if left else r + [fill] * (width - len(r))
     mask = torch.tensor([pad([1] * len(r), 0) for r in rows])
     count = torch.tensor([pad([int(t not in uncounted) for t in r], 0) for r in rows]).bool()
-    return dict(input_ids=torch.tensor([pad(r, 0) for r in rows]), attention_mask=mask, count_mask=count)
+    return dict(input_ids=torch.tensor([pad(r, 0) for r in rows]), attention_mask=mask, token_mask=count)
 
 
 numbers = st.one_of(
@@ -118,7 +118,7 @@ def test_any_split_and_order_adds_up_to_the_same(case, random):
     table, one_way, other_way, _ = case
     model, points = Table(table), ("input", "output", "update")
     whole = collect_stats(model, one_way, points, REDUCTIONS)
-    pieces = [collect_stats(model, [b], points, REDUCTIONS) for b in other_way if b["count_mask"].any()]
+    pieces = [collect_stats(model, [b], points, REDUCTIONS) for b in other_way if b["token_mask"].any()]
     random.shuffle(pieces)
     while len(pieces) > 1:  # added up pair by pair, in any order
         pieces.append(pieces.pop(random.randrange(len(pieces))) + pieces.pop(random.randrange(len(pieces))))
@@ -151,10 +151,10 @@ def test_sums_by_hand(case):
             stats.get("output", "neuron_sum")[layer], f32.sum(0), rtol=1e-12, atol=1e-12 * abs(f32).sum()
         )
         texts = [
-            table[b["input_ids"][r][b["count_mask"][r]].numpy()].astype(float) * (1.0, -0.5)[layer]
+            table[b["input_ids"][r][b["token_mask"][r]].numpy()].astype(float) * (1.0, -0.5)[layer]
             for b in some
             for r in range(len(b["input_ids"]))
-            if b["count_mask"][r].any()
+            if b["token_mask"][r].any()
         ]
         assert stats.get("output", "samples")[layer] == len(texts)
         np.testing.assert_allclose(

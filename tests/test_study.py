@@ -43,9 +43,9 @@ TABLES = [
     "removal",
     "sensitivity",
     "certainty",
-    "settled",
+    "converged",
     "answers",
-    "prone",
+    "hallucination",
     "detectors",
     "tuned",
     "sparse",
@@ -158,7 +158,7 @@ def test_results_are_plain_numbers(finished):
     results = json.loads(
         (out / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
-    assert results["n_layers"] == 8 and len(results["damage"]) == 8 and len(results["removal"]["avss"]["removes"]) == 2
+    assert results["n_layers"] == 8 and len(results["loss_increase"]) == 8 and len(results["removal"]["avss"]["removes"]) == 2
     assert results["versions"]["torch"] == torch.__version__ and results["device"] and results["settings"]["seed"] == 0
     assert load_file(out / "stats.safetensors")["output.hist"].shape == (8, 8192)
 
@@ -174,21 +174,21 @@ def test_the_healed_model_stands_beside_the_others(finished):
 def test_contrastive_training_stands_beside_the_untouched_model(finished):
     out, _ = finished
     study = load_study(out)
-    assert [*study.tuned.index.unique("arm")] == [
-        "language-model term alone",
+    assert [*study.tuned.index.unique("variant")] == [
+        "LM loss only",
         "last",
         "random",
-        "untouched",
+        "base_model",
     ]  # no right answers: nothing to rank by
-    blocks_ = study.tuned.blocks.groupby("arm").first()
+    blocks_ = study.tuned.blocks.groupby("variant").first()
     assert (
-        blocks_["last"] == blocks_["language-model term alone"] == "7"
+        blocks_["last"] == blocks_["LM loss only"] == "7"
         and len(blocks_["random"].split("; ")) == 2
         and set(study.tuned.n) == {8, 12}
     )
-    ahead = study.tuned.value.loc["atlas", "ahead"]
+    margin = study.tuned.value.loc["atlas", "margin"]
     assert (
-        ahead.nunique() == 4
+        margin.nunique() == 4
         and "Fewer wrong answers" in (out / "report.html").read_text()
         and not (out / "tuning").exists()
     )
@@ -205,7 +205,7 @@ def test_questions_that_do_not_fit_the_window():
         name: [index] if isinstance(index, str) else index for name, index in ANSWER_TABLES.items()
     }
     assert {name: [*table.columns] for name, table in found.items()} == dict(
-        answers=["asked"], prone=["value", "low", "high", "p", "q"], detectors=["auroc", "auroc_low", "auroc_high"]
+        answers=["asked"], hallucination=["value", "low", "high", "p", "q"], detectors=["auroc", "auroc_low", "auroc_high"]
     )
     assert not any(map(len, found.values()))
 
@@ -229,7 +229,7 @@ def test_second_run_measures_nothing_again(finished, model_folder):
 
 def test_killed_study_resumes_to_the_same_tables(finished, model_folder, tmp_path):
     "Killed as soon as the first losses are stored, then run again."
-    out, whole = tmp_path / "results", tables(finished[0])
+    out, base_model = tmp_path / "results", tables(finished[0])
     process = subprocess.Popen(command(model_folder, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not list(out.glob("losses/*.csv")) and process.poll() is None:
         time.sleep(0.02)
@@ -237,14 +237,14 @@ def test_killed_study_resumes_to_the_same_tables(finished, model_folder, tmp_pat
     assert process.wait() == -signal.SIGKILL and not (out / "results.json").exists()
     assert subprocess.run(command(model_folder, out), capture_output=True).returncode == 0
     for name, table in tables(out).items():
-        pd.testing.assert_frame_equal(table, whole[name], rtol=1e-6)
+        pd.testing.assert_frame_equal(table, base_model[name], rtol=1e-6)
 
 
 def test_whole_model_is_the_yardstick(finished):
     study = load_study(finished[0])
-    whole = study.removal.loc["whole"]
-    assert whole.perplexity_retained == 1 and whole.questions_raw == 1
-    assert study.damage.index.tolist() == list(range(8))
+    base_model = study.removal.loc["base_model"]
+    assert base_model.perplexity_retained == 1 and base_model.questions_raw == 1
+    assert study.loss_increase.index.tolist() == list(range(8))
 
 
 def test_other_settings_do_not_mix(finished, model_folder):

@@ -75,35 +75,35 @@ def tiny(family: str, **changes):
 
 
 def batch_of(*lengths: int, side: str = "right", seed: int = 0) -> dict:
-    "One batch of random tokens, a row a length, padded at `side` with token 1."
+    "One batch of random tokens, one row per length, padded at `side` with token 1."
     generator, width = torch.Generator().manual_seed(seed), max(lengths)
     ids, mask = torch.full((len(lengths), width), 1), torch.zeros(len(lengths), width, dtype=torch.long)
     for row, n in enumerate(lengths):
         place = slice(width - n, width) if side == "left" else slice(0, n)
         ids[row, place], mask[row, place] = torch.randint(3, VOCABULARY, (n,), generator=generator), 1
-    return dict(input_ids=ids, attention_mask=mask, count_mask=mask.bool(), index=torch.arange(len(lengths)))
+    return dict(input_ids=ids, attention_mask=mask, token_mask=mask.bool(), index=torch.arange(len(lengths)))
 
 
 def without(model, layers):
     "A copy of the model that is built without some of its blocks."
     shorter = deepcopy(model)
-    pile, config = blocks(shorter), shorter.config
+    model_layers, config = blocks(shorter), shorter.config
     if (
         0 in layers
-        and hasattr(pile[0], "layer")
-        and (bias := getattr(getattr(pile[0].layer[0], "SelfAttention", None), "relative_attention_bias", None))
+        and hasattr(model_layers[0], "layer")
+        and (bias := getattr(getattr(model_layers[0].layer[0], "SelfAttention", None), "relative_attention_bias", None))
     ):  # T5's, for all blocks
-        heir = pile[min(set(range(len(pile))) - set(layers))].layer[0].SelfAttention
+        heir = model_layers[min(set(range(len(model_layers))) - set(layers))].layer[0].SelfAttention
         heir.relative_attention_bias, heir.has_relative_attention_bias = bias, True
     for layer in sorted(layers, reverse=True):
-        del pile[layer]
-    for index, block in enumerate(pile):
+        del model_layers[layer]
+    for index, block in enumerate(model_layers):
         for part in block.modules():
             if hasattr(part, "layer_idx"):
                 part.layer_idx = index
     if "layer_types" in vars(config) and config.layer_types:
         config.layer_types = [t for i, t in enumerate(config.layer_types) if i not in layers]
-    config.num_hidden_layers = len(pile)
+    config.num_hidden_layers = len(model_layers)
     return shorter
 
 
