@@ -19,18 +19,25 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .confidence import average_precision, multiple_choice, reciprocal_rank
 from .contrastive import FrozenPrefix, check_training, contrast_rows, contrastive_tune, rows_key
 from .data import batches
 from .detection import top_layers
-from .evaluation import classify, option_logprobs, text_losses
+from avss_nb.evaluation import (
+    average_precision,
+    classify,
+    multiple_choice,
+    option_logprobs,
+    reciprocal_rank,
+    text_losses,
+)
 from .labeling import exact_match, generate_answers, label_answers, token_f1
 from .models import blocks, model_key
-from .runs import claim_folder, file_in, stored_table
+from .runs import RunDirectory, cached_table
 
 # %% ../nbs/34_ablations.ipynb #75556036
 def choose_variants(
     scores: pd.Series,  # per layer, the larger the more prone: |EAVSS| from `hallucination_profile`
+    *,
     k: int = 5,  # blocks a variant
     rank: int = 6,  # of the corrections; in `all` it is lowered so that the parameters stay about as many
     n_random: int = 3,  # draws of k blocks
@@ -60,6 +67,7 @@ def choice_items(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,
+    *,
     template: str = "Question: {question}\nAnswer:",
     best_only: bool = True,
 ) -> pd.DataFrame:
@@ -81,17 +89,17 @@ def choice_items(
         found[asked[item]] = multiple_choice(logprob[:n], logprob[n:]) | dict(
             margin=logprob[0] - logprob[n:].max(),
             confidence=float(np.exp(logprob.max() - np.logaddexp.reduce(logprob)).clip(max=1)),
-            map=average_precision(relevant, mean),
-            mrr=reciprocal_rank(relevant, mean),
+            map=average_precision(relevant, scores=mean),
+            mrr=reciprocal_rank(relevant, scores=mean),
         )
     return pd.DataFrame(found).T.rename_axis("item")
 
 
 def answer_items(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Dataset, rule="alias", **options
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Dataset, *, rule="alias", **options
 ) -> pd.DataFrame:
     "Per question, of its greedy answer: `right`, `wrong` (both 0 for one that says nothing), `no_answer_rate`, `em`, `f1`, `length` in tokens. Options of `generate_answers`."
-    answers = label_answers(generate_answers(model, tokenizer, questions, **options), rule, name="label")
+    answers = label_answers(generate_answers(model, tokenizer, questions, **options), rule=rule, name="label")
     label = pd.Series(list(answers["label"]))
     pairs = list(zip(answers["answer"], answers["answers"]))
     return pd.DataFrame(
@@ -112,6 +120,7 @@ def held_out_items(
     tokenizer: PreTrainedTokenizerBase,
     tests: dict[str, Dataset],  # held-out questions by set
     texts: Sequence[str] = (),  # running text
+    *,
     sentences: Dataset = None,  # with labels of sentiment
     rules: dict = {},  # set -> rule or judge of `label_answers`; default `alias`; None: no answers in free-form generation
     best_only: Iterable[
@@ -127,7 +136,7 @@ def held_out_items(
         if any(map(len, questions["distractors"])):
             parts[name] = [choice_items(model, tokenizer, questions, best_only=single)]
         if (rule := rules.get(name, "alias")) is not None:
-            parts.setdefault(name, []).append(answer_items(model, tokenizer, questions, rule, **options))
+            parts.setdefault(name, []).append(answer_items(model, tokenizer, questions, rule=rule, **options))
     if sentences is not None:
         parts["sentiment"] = [classify(model, tokenizer, sentences)[["correct"]].rename_axis("item")]
     tables = [
@@ -137,7 +146,7 @@ def held_out_items(
     ]
     if texts:
         losses = text_losses(
-            model, batches(list(texts), tokenizer, max_length, batch_size=4, overflow="truncate")
+            model, batches(list(texts), tokenizer, max_length=max_length, batch_size=4, overflow="truncate")
         ).reset_index(drop=True)
         tables.append(
             losses.rename_axis("item")
@@ -167,6 +176,7 @@ def run_variants(
     questions: Dataset,  # to learn from, with `distractors`
     variants: dict[str, list[dict] | None],  # from `choose_variants`, or your own
     measure: Callable[[nn.Module], pd.DataFrame],  # gives what `held_out_items` gives
+    *,
     seeds: Iterable[int] = (0, 1, 2),  # a training of each variant with each
     out: str | Path = None,  # a folder for tables and checkpoints: a stopped run goes on there
     progress: bool = False,
@@ -180,19 +190,19 @@ def run_variants(
     for own in filter(None, runs.values()):
         check_training(model, tokenizer, questions, **own)
     rows, _ = contrast_rows(tokenizer, questions, **own_words)
-    tables = {key: file_in(out, f"{key[0].replace(' ', '-')}-{key[1]}.csv") for key in runs} if out else {}
+    tables = {key: RunDirectory(out).path(f"{key[0].replace(' ', '-')}-{key[1]}.csv") for key in runs} if out else {}
     if len({*tables.values()}) < len(tables):
         raise ValueError(f"two of the variants {', '.join(variants)} have the same file: give them other names")
     if out:
-        out = claim_folder(
+        out = RunDirectory.open(
             out,
             dict(
                 runs={"/".join(k): o and {n: v for n, v in o.items() if n != "on_step"} for k, o in runs.items()},
                 rows=rows_key(rows),
                 model=model_key(model),
             ),
-            "variants.json",
-        )
+            note="variants.json",
+        ).folder
     firsts, prefix, found = (
         [min(o["layers"]) for k, o in runs.items() if o and not (out and tables[k].exists())],
         None,
@@ -208,7 +218,7 @@ def run_variants(
             prefix = prefix or FrozenPrefix(model, tokenizer, rows, firsts, progress=progress)
             return measure(contrastive_tune(model, tokenizer, questions, reuse=prefix, out=folder, **own))
 
-        found[key] = stored_table(tables[key], make, ["set", "measure"]) if out else make()
+        found[key] = cached_table(tables[key], make, index=["set", "measure"]) if out else make()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
     return pd.concat(found, names=["variant", "run"])
@@ -244,6 +254,7 @@ def _calibration_parts(confidence: pd.DataFrame, right: pd.DataFrame) -> tuple[n
 
 def compare_variants(
     items: pd.DataFrame,  # from `run_variants`
+    *,
     against: str = "base_model",  # the variant that the others are held against
     level: float = 0.95,
     n_resamples: int = 2000,
@@ -308,6 +319,7 @@ def plot_variants(
     table: pd.DataFrame,  # from `compare_variants`
     panels: list[tuple[str, str]]
     | dict[tuple[str, str], str],  # (set, measure) of each panel; with its title in a dictionary
+    *,
     axes: Iterable[plt.Axes] = None,
     order: list[
         str

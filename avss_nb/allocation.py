@@ -22,20 +22,19 @@ from .hooks import hidden_state, input_device, run_blocks
 from .metrics import LayerStats
 from .models import blocks
 from .pruning import measure_items
-from .runs import file_in, stored_table
+from .runs import RunDirectory, cached_table
 from avss_nb.sparsity import (
     check_plan,
     densify_layer,
     projection_sizes,
     projection_stats,
     projection_table,
-    projections,
     quantile,
     sparsify,
     sparsify_layer,
     uniform_plan,
 )
-from .surgery import skip_layers
+from .surgery import projections, skip_layers
 
 # %% ../nbs/41_allocation.ipynb #dbb72d23
 def _calls(model: nn.Module, batches: Iterable[dict]) -> list[list[tuple]]:
@@ -114,6 +113,7 @@ def greedy_plan(
     model: nn.Module,
     batches: Iterable[dict],  # a little text on which the blocks' errors are measured
     stats: LayerStats,  # from `projection_stats`
+    *,
     sparsity: float = 0.5,  # of each block, up to which the path goes
     step: float = 0.01,  # of a block's sparsity
     lazy: bool = True,  # try again only the projections that were ahead when last tried
@@ -139,6 +139,7 @@ def greedy_plan(
 # %% ../nbs/41_allocation.ipynb #ed5343ce
 def hill_exponent(
     values: Iterable[float],  # eigenvalues, or any sample above 0
+    *,
     tail: float = 0.5,  # the largest of them, as a share
 ) -> float:  # α of the density p(λ) ∝ λ^−α; infinite where the tail is flat
     "α = 1 + k / Σ log(λ_i / λ_(k+1)) over the k largest values (Hill, 1975); the smaller, the heavier the tail. ValueError for fewer than two values in it, or one that is not above 0."
@@ -159,11 +160,11 @@ def _spectrum(weight: torch.Tensor) -> np.ndarray:  # (out, in) -> (min(out, in)
 
 
 def weight_exponents(
-    model: nn.Module, tail: float = 0.5
+    model: nn.Module, *, tail: float = 0.5
 ) -> pd.DataFrame:  # one row per layer, one column per projection; NaN for one too small to have a tail
     "The heavy-tail exponent α of each projection's spectrum (our reading of ActTail, arXiv 2603.12272); nothing is run."
     return projection_table(
-        model, lambda m: hill_exponent(_spectrum(m.weight), tail) if min(m.weight.shape) * tail >= 2 else np.nan
+        model, lambda m: hill_exponent(_spectrum(m.weight), tail=tail) if min(m.weight.shape) * tail >= 2 else np.nan
     )
 
 # %% ../nbs/41_allocation.ipynb #580eae27
@@ -171,6 +172,7 @@ def acttail_plan(
     model: nn.Module,
     exponents: pd.DataFrame,  # from `weight_exponents`
     sparsity: float,  # mean over the weights, in [0, 1)
+    *,
     spread: float = 0.2,  # how far, as a part of `sparsity`, the smallest and the largest exponent lie from it
 ) -> pd.DataFrame:  # a plan (one row per layer, one column per projection); its mean over the weights is `sparsity`
     """Less sparsity where the spectrum's tail is heavier (ActTail, arXiv 2603.12272; the map is our reading: linear in α between sparsity·(1 ± spread), shifted
@@ -196,12 +198,13 @@ def sparse_variants(
     sparsity: float,
     path: pd.DataFrame,  # from `greedy_plan`; it passes through `sparsity`
     exponents: pd.DataFrame,  # from `weight_exponents`
+    *,
     seed: int = 0,  # of the lot
 ) -> dict[str, Callable[[], dict]]:  # uniform, greedy, ActTail, random -> what makes the options of `sparsify`
     "The variants of one sparsity; thresholds are calibrated on the sparse model, each when its variant is made."
 
     def calibrated(plan: pd.DataFrame) -> dict:
-        return dict(plan=plan, stats=projection_stats(model, batches, plan))
+        return dict(plan=plan, stats=projection_stats(model, batches, plan=plan))
 
     return dict(
         uniform=lambda: calibrated(uniform_plan(model, sparsity)),
@@ -226,6 +229,7 @@ def measure_plans(
     ],  # name -> options of `sparsify`, and `skip`: layers that are skipped besides; None: the base model
     texts: list[str],
     questions: Dataset = None,  # with distractors
+    *,
     out: str | Path = None,  # a folder that keeps each variant's answers under its name
     max_length: int = 256,  # tokens of each text
     progress: bool = False,
@@ -243,5 +247,5 @@ def measure_plans(
             with sparse:
                 return measure_items(model, tokenizer, texts, questions, None, skip, max_length)
 
-        found[name] = stored_table(file_in(out, f"{name}.csv"), make, "measure") if out else make()
+        found[name] = cached_table(RunDirectory(out).path(f"{name}.csv"), make, index="measure") if out else make()
     return pd.concat(found, names=["choice"])

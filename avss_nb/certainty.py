@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .importance import FROM_DOWNSTREAM, FROM_STATS, loss_increase, downstream_stats, read_layers, removal_losses
+from .importance import FROM_DOWNSTREAM, FROM_STATS, downstream_stats, loss_increase, read_layers, removal_losses
 from .metrics import LayerStats
 from .pruning import n_removed
 
@@ -57,6 +57,7 @@ class TextScores:
 def score_texts(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     methods: Iterable[str] = (
         "avss",
         "block_influence",
@@ -95,6 +96,7 @@ def score_texts(
 # %% ../nbs/24_certainty.ipynb #02f15e38
 def score_certainty(
     texts: TextScores,
+    *,
     methods: Iterable[str] = ("avss", "block_influence", "leave_one_out"),
     fraction: float = 0.25,  # of the layers would go
     level: float = 0.95,
@@ -119,6 +121,7 @@ def score_certainty(
 # %% ../nbs/24_certainty.ipynb #e62497b8
 def convergence(
     texts: TextScores,
+    *,
     methods: Iterable[str] = ("avss", "block_influence", "leave_one_out"),
     fraction: float = 0.25,
     n_orders: int = 20,

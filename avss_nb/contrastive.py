@@ -29,12 +29,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from .benchmarks import distractor_kinds
-from .data import QUESTION, batch_rows
+from .data import QUESTION, batch_rows, distractor_kinds
 from .evaluation import is_causal
 from .hooks import block_input, hidden_state, model_inputs, read_activations
 from .models import blocks, model_key
-from .runs import claim_folder
+from .runs import RunDirectory
 from .surgery import PassThrough, check_layers, replaced_blocks, skip_layers
 from .training import last_checkpoint, seeded_rng, train_adapter, trainer_arguments
 
@@ -67,6 +66,7 @@ def info_nce(
     anchor: torch.Tensor,  # (B, D)
     positive: torch.Tensor,  # (B, D)
     negatives: torch.Tensor = None,  # (B, K, D); default: the other rows' positives
+    *,
     temperature: float = 0.1,  # τ: the smaller, the more the nearest negative counts
     keep: torch.Tensor = None,  # (B, K) bool: which negatives are there
     groups: torch.Tensor = None,  # (B,): rows of one group are no negatives of each other
@@ -83,6 +83,7 @@ def triplet_loss(
     anchor: torch.Tensor,  # (B, D)
     positive: torch.Tensor,  # (B, D)
     negatives: torch.Tensor = None,  # (B, K, D); default: the other rows' positives
+    *,
     margin: float = 0.2,  # m, of a cosine
     keep: torch.Tensor = None,  # as in `info_nce`, like the rest
     groups: torch.Tensor = None,
@@ -101,6 +102,7 @@ def triplet_loss(
 def prototype_loss(
     states: torch.Tensor,  # (N, D), of answers
     classes: torch.Tensor,  # (N,) whole numbers from 0: 0 right, 1 wrong
+    *,
     prototypes: torch.Tensor = None,  # (C, D); default: the mean direction of each class among these states
     temperature: float = 0.1,
 ) -> torch.Tensor:  # scalar, nats
@@ -120,6 +122,7 @@ def prototype_loss(
 # %% ../nbs/33_contrastive.ipynb #09c76e3e
 def likelihood_contrast(
     logprobs: torch.Tensor,  # (B, 1 + K): log-probability of the right answer, then of wrong ones; nats, summed over tokens
+    *,
     keep: torch.Tensor = None,  # (B, K) bool: which wrong ones are there
     temperature: float = 1.0,
 ) -> torch.Tensor:  # scalar, nats; 0 for a row without wrong answers
@@ -135,6 +138,7 @@ def likelihood_contrast(
 def own_wrong_answers(
     questions: Dataset,  # `id, question, answers, distractors, …`
     answers: Dataset,  # the model's own, from `generate_answers`, with labels
+    *,
     label: str = "alias",  # the label column
 ) -> Dataset:  # the questions, each with its own wrong answers (most frequent first) before its distractors
     "Take what a model answered wrongly for a distractor. ValueError for a label column that is not there."
@@ -153,6 +157,7 @@ def own_wrong_answers(
 def contrast_rows(
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,  # with `answers` and `distractors`
+    *,
     negatives: int = 3,  # at most so many a question, the first ones
     template: str = "Question: {question}\nAnswer:",
     end: str = "\n",  # closes an answer and is learnt with it
@@ -286,6 +291,7 @@ def contrast_losses(
     model: nn.Module,
     batch: dict,  # from `_aligned`
     layers: Iterable[int],  # blocks whose states are compared
+    *,
     objective: str | None = "info_nce",  # of `OBJECTIVES`; None: the LM loss only
     lm: bool = True,  # the language-model term too
     point: str = "output",  # `output`, `update` or `relative_update`
@@ -301,7 +307,7 @@ def contrast_losses(
         terms["lm"] = -logprobs[gold].sum() / batch["length"].to(logprobs.device)[gold].sum()
     if objective == "likelihood":
         rows = torch.cat([gold[:, None], wrong], 1)
-        terms["contrast"] = likelihood_contrast(logprobs.sum(1)[rows], keep, temperature or 1.0)
+        terms["contrast"] = likelihood_contrast(logprobs.sum(1)[rows], keep=keep, temperature=temperature or 1.0)
     elif objective:
         terms["contrast"] = torch.stack(
             [
@@ -321,7 +327,7 @@ def _contrast(objective, prompts, answers, gold, wrong, keep, temperature, margi
             temperature=temperature,
         )
     args = prompts[gold], answers[gold], answers[wrong]
-    return info_nce(*args, temperature, keep) if objective == "info_nce" else triplet_loss(*args, margin, keep)
+    return info_nce(*args, temperature=temperature, keep=keep) if objective == "info_nce" else triplet_loss(*args, margin=margin, keep=keep)
 
 # %% ../nbs/33_contrastive.ipynb #82af5afe
 def rows_key(rows: list[dict]) -> str:
@@ -355,7 +361,7 @@ class FrozenPrefix:
             self._run(
                 model,
                 batch_rows(
-                    [(i, r["prompt"] + r["answer"]) for i, r in enumerate(rows)], tokenizer, batch_size, "right"
+                    [(i, r["prompt"] + r["answer"]) for i, r in enumerate(rows)], tokenizer, batch_size=batch_size, padding_side="right"
                 ),
                 progress,
             )
@@ -508,6 +514,7 @@ def check_training(
     tokenizer,
     questions,
     layers,
+    *,
     objective="likelihood",
     lm_weight=1.0,
     negatives=3,
@@ -546,7 +553,7 @@ def check_training(
         raise ValueError(
             f"{len(questions)} question{'s' * (len(questions) != 1)} to train on, and a batch needs {batch_size}: give more, or a smaller batch_size"
         )
-    rows, counts = contrast_rows(tokenizer, questions, negatives, template, end)
+    rows, counts = contrast_rows(tokenizer, questions, negatives=negatives, template=template, end=end)
     if objective and not counts["negatives"]:
         raise ValueError(
             f"none of the {len(questions)} questions has a wrong answer to set against the right one ({counts['false_negatives']} were equal to a right "
@@ -564,6 +571,7 @@ def contrastive_tune(
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,  # to learn from; `distractors` are the negatives, see `own_wrong_answers`
     layers: Iterable[int],  # blocks that are trained, and whose states are compared
+    *,
     objective: str | None = "likelihood",  # of `OBJECTIVES`; None: the LM loss only
     lm_weight: float = 1.0,  # of the language-model term on the right answer; 0: the contrastive loss only
     contrast_weight: float = 1.0,
@@ -593,18 +601,18 @@ def contrastive_tune(
         tokenizer,
         questions,
         layers,
-        objective,
-        lm_weight,
-        negatives,
-        point,
-        pooling,
-        template,
-        end,
-        steps,
-        batch_size,
-        rank,
-        targets,
-        save_every,
+        objective=objective,
+        lm_weight=lm_weight,
+        negatives=negatives,
+        point=point,
+        pooling=pooling,
+        template=template,
+        end=end,
+        steps=steps,
+        batch_size=batch_size,
+        rank=rank,
+        targets=targets,
+        save_every=save_every,
     )
     first = layers[0]
     recipe = dict(
@@ -627,12 +635,12 @@ def contrastive_tune(
         model=model_key(model),
     )
     with TemporaryDirectory() as spare:
-        folder = claim_folder(out, recipe, "contrastive.json", counts=counts) if out else Path(spare)
+        folder = RunDirectory.open(out, recipe, note="contrastive.json", counts=counts).folder if out else Path(spare)
         prefix = _prefix(reuse, model, tokenizer, rows, first, progress)
         data = _ByQuestion(rows, tokenizer.pad_token_id, prefix, first, objective is not None)
         arguments = trainer_arguments(folder, model, steps, batch_size, learning_rate, seed, save_every if out else None)
         terms = lambda m, batch: contrast_losses(
-            m, batch, layers, objective, bool(lm_weight), point, pooling, temperature, margin
+            m, batch, layers, objective=objective, lm=bool(lm_weight), point=point, pooling=pooling, temperature=temperature, margin=margin
         )
 
         def make(student, log_step):
@@ -649,13 +657,14 @@ def contrastive_tune(
             )
 
         with seeded_rng(seed):
-            return train_adapter(model, config, make, arguments, on_step, "training" if progress else None)
+            return train_adapter(model, config, make, arguments, on_step=on_step, progress="training" if progress else None)
 
 # %% ../nbs/33_contrastive.ipynb #a98585ce
 def contrastive_cosines(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     answers: Dataset,  # `prompt_tokens, answer_tokens`, as from `generate_answers`; none without a token
+    *,
     layers: Iterable[int] = None,  # default: all blocks
     point: str = "output",
     pooling: str = "mean",
@@ -694,4 +703,4 @@ def contrastive_score(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, answers: Dataset, layers: Iterable[int], **options
 ) -> pd.Series:
     "One less the mean cosine over these layers, one row per answer: higher = more uncertain. Options and errors of `contrastive_cosines`."
-    return (1 - contrastive_cosines(model, tokenizer, answers, layers, **options).mean(axis=1)).rename("contrastive")
+    return (1 - contrastive_cosines(model, tokenizer, answers, layers=layers, **options).mean(axis=1)).rename("contrastive")

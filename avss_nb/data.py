@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTION', 'SENTENCE', 'QUESTIONS', 'SENTENCES', 'TEXTS', 'folded', 'split_part', 'checked_questions', 'read_rows',
            'data_folder', 'local_file', 'from_hub', 'load_questions', 'load_sentences', 'load_text', 'Batches',
-           'batch_rows', 'batches']
+           'batch_rows', 'batches', 'question_key', 'folded_answer', 'distractor_kinds', 'split_half']
 
 # %% ../nbs/12_data.ipynb #c4ff8978
 import csv
@@ -15,10 +15,10 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -258,7 +258,7 @@ def _objects(file: Path, lines: bool, inside: str | None) -> Iterator[tuple[str,
     return ((f"entry {k!r}", dict(row, key=k) if isinstance(row, dict) else row) for k, row in whole.items())
 
 # %% ../nbs/12_data.ipynb #582a7288
-def checked_questions(row: dict, columns: dict, source, place: str, optional: dict = {}) -> dict:
+def checked_questions(row: dict, columns: dict, source, place: str, *, optional: dict = {}) -> dict:
     "The row; ValueError naming source, place and column where one is missing, empty or of another kind."
     if not isinstance(row, dict):
         raise ValueError(f"{source}: {place} is a {type(row).__name__}, not an object with columns")
@@ -284,6 +284,7 @@ def checked_questions(row: dict, columns: dict, source, place: str, optional: di
 def read_rows(
     file: str | Path,
     columns: dict[str, type],  # what each row must have: `str` (not empty), `int`, `list[str]`, `list`, `dict`
+    *,
     optional: dict[str, type] = {},  # what it may have, may be empty
     form: str = None,  # `csv`, `tsv`, `jsonl` (an object a line) or `json`; default by the file's ending
     quoting: bool = True,  # tables: whether quotes hold a field together
@@ -297,7 +298,7 @@ def read_rows(
         found = _table(file, "," if form == "csv" else "\t", quoting, header)
     else:
         found = _objects(file, form == "jsonl", inside)
-    rows = [checked_questions(row, columns, file, place, optional) for place, row in found]
+    rows = [checked_questions(row, columns, file, place, optional=optional) for place, row in found]
     if not rows:
         raise ValueError(f"{file} holds no row: get the file again")
     return rows
@@ -318,7 +319,7 @@ def local_file(folder: Path | None, name: str) -> Path | None:
 
 
 def from_hub(
-    repo: str, split: str, name: str, folder: Path | None, columns: dict, config: str = None, optional: dict = {}
+    repo: str, split: str, name: str, folder: Path | None, columns: dict, *, config: str = None, optional: dict = {}
 ) -> list[dict]:
     "Rows of a hub data set, with these columns, or one clear error."
     try:
@@ -329,7 +330,7 @@ def from_hub(
             f"({folder or 'AVSS_NB_DATA is not set'}) nor to be had "
             f"from the hub as {repo}: {one_line(error)}"
         ) from None
-    return [checked_questions(row, columns, f"{repo} ({split})", f"row {i}", optional) for i, row in enumerate(found)]
+    return [checked_questions(row, columns, f"{repo} ({split})", f"row {i}", optional=optional) for i, row in enumerate(found)]
 
 # %% ../nbs/12_data.ipynb #7c94deae
 def _unique(rows: list[dict], key: str, other: list[dict] = ()) -> list[dict]:
@@ -376,7 +377,7 @@ def _wikitext2(split: str | None, folder: Path | None) -> list[str]:
                 "wikitext2",
                 folder,
                 {},
-                "wikitext-2-v1",
+                config="wikitext-2-v1",
                 optional=dict(text=str),
             )
         ]
@@ -415,6 +416,7 @@ def _read(kind: str, readers: dict, own_file, name, path, split, n, seed) -> lis
 # %% ../nbs/12_data.ipynb #764c9986
 def load_questions(
     name: str,  # `atlas`, or a set of chapter Benchmarks: `nq, sciq, triviaqa, truthfulqa, wikiqa, squad, popqa, halueval`
+    *,
     path: str | Path = None,  # a data folder instead of AVSS_NB_DATA, or a JSON lines file of your own
     split: str = None,  # `train` or `test`; default: the set's test part (all of a set that has but one part)
     n: int = None,  # this many, drawn by `seed`; default all, in order
@@ -453,6 +455,7 @@ def load_questions(
 
 def load_sentences(
     name: str,  # `words`, `sst2`
+    *,
     path: str | Path = None,  # a data folder, or a CSV file of your own with the columns text, label
     split: str = None,  # default: `dev` for sst2, everything for words
     n: int = None,  # this many, drawn by `seed`
@@ -471,6 +474,7 @@ def load_sentences(
 
 def load_text(
     name: str,  # `pydoc`, `wikitext2`, `shakespeare`
+    *,
     path: str | Path = None,  # a data folder, or a text file of your own
     split: str = None,  # `train`/`test` for pydoc and shakespeare (default all), `test`/`valid` for wikitext2
     n: int = None,  # this many passages, drawn by `seed`
@@ -552,6 +556,7 @@ class Batches:
 def batch_rows(
     rows: list[tuple[int, list[int]]],  # (text index, token ids) of each row
     tokenizer: PreTrainedTokenizerBase,  # for its pad token and padding side
+    *,
     batch_size: int = 8,
     padding_side: str = None,
     skip_first: bool = False,
@@ -581,6 +586,7 @@ def batch_rows(
 def batches(
     texts: list[str],  # none of them empty
     tokenizer: PreTrainedTokenizerBase,  # a fast one, with a pad token
+    *,
     max_length: int = 256,  # tokens a window
     batch_size: int = 8,  # rows a batch
     padding_side: str = None,  # "left" or "right"; default: the tokenizer's
@@ -593,4 +599,50 @@ def batches(
     if max_length < 1:
         raise ValueError(f"max_length is at least 1, not {max_length}")
     rows = _windows(texts, tokenizer, max_length, overflow)
-    return batch_rows(rows, tokenizer, batch_size, padding_side, skip_first, max_tokens, sort)
+    return batch_rows(rows, tokenizer, batch_size=batch_size, padding_side=padding_side, skip_first=skip_first, max_tokens=max_tokens, sort=sort)
+
+# %% ../nbs/12_data.ipynb #b78d341b
+@cache
+def _spaced(character: str) -> str:
+    "A character, or a space for punctuation, white space and control characters."
+    return " " if unicodedata.category(character)[0] in "PZC" or unicodedata.category(character) == "Sk" else character
+
+
+def question_key(text: str) -> str:
+    "What repeats of a question share: its words without case, punctuation and further white space."
+    words = "".join(map(_spaced, text))
+    return " ".join(unicodedata.normalize("NFKC", words).casefold().split()) or folded(text)
+
+# %% ../nbs/12_data.ipynb #97d52381
+@lru_cache(2**16)
+def folded_answer(answer: str) -> str:
+    "An answer without case, punctuation, accents, articles and a plural's s."
+    plain = "".join(c for c in unicodedata.normalize("NFKD", answer) if not unicodedata.combining(c))
+    words = [w for w in question_key(plain).split() if w not in ("a", "an", "the")]
+    return " ".join(w[:-1] if len(w) > 3 and w[-1] == "s" != w[-2] else w for w in words) or question_key(answer)
+
+
+def distractor_kinds(
+    answers: list[str],  # the right ones
+    distractors: list[str],  # the wrong ones
+) -> list[str]:  # `equal`, `near`, `names` or ``, one a distractor
+    "How each distractor stands to the right answers: equal to one, near one, naming one within it, or apart (our reading)."
+    equal, near = {folded(a) for a in answers}, {folded_answer(a) for a in answers}
+
+    def kind(text):
+        loose = folded_answer(text)
+        if folded(text) in equal:
+            return "equal"
+        return "near" if loose in near else "names" if any(f" {a} " in f" {loose} " for a in near) else ""
+
+    return [kind(d) for d in distractors]
+
+# %% ../nbs/12_data.ipynb #1e3ed71e
+def split_half(
+    questions: Dataset,  # a questions table, or any table with a column `question`
+    *,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset]:  # together all rows, each half in the table's order
+    "Two halves of about one size by a hash of each question: repeats stand on one side, whatever else is in the table."
+    side = [hashlib.sha256(f"half {seed} {question_key(q)}".encode()).digest()[0] % 2 for q in questions["question"]]
+    return tuple(questions.select([i for i, s in enumerate(side) if s == half]) for half in (0, 1))

@@ -27,13 +27,14 @@ from .hooks import input_device, read_activations
 from .intervals import bootstrap_interval
 from .labeling import generate_answers, normalize_answer
 from .models import blocks
-from .runs import claim_folder
+from .runs import RunDirectory
 from .surgery import check_layers, resume_at
 
 # %% ../nbs/35_decoding.ipynb #e57c7d7e
 def contrast(
     final: torch.Tensor,  # (..., V) log-probabilities after the last block, nats
     premature: torch.Tensor,  # (..., V) after an earlier one
+    *,
     alpha: float = 0.1,  # plausible: p ≥ alpha·max p; 0: every token
     outside: float = -math.inf,  # score of the others; −1000 in the authors' code
 ) -> torch.Tensor:  # (..., V) scores, nats, not normalised
@@ -139,7 +140,7 @@ class _Contrast:
         kept = slice(-kept, None) if isinstance(kept, int) else kept
         final = out.logits.float().log_softmax(-1)
         self.check(model, final, kept)
-        scores = contrast(final, _furthest(final, self.exits(model, self.layers, kept)), self.alpha, self.outside)
+        scores = contrast(final, _furthest(final, self.exits(model, self.layers, kept)), alpha=self.alpha, outside=self.outside)
         if self.penalty != 1:
             scores = self.penalize(scores, args, kwargs, out, kept)
         self.states.clear()
@@ -174,6 +175,7 @@ def dola(
     model: nn.Module,  # a causal language model
     layers: int
     | Iterable[int],  # blocks from 0: one (static), or candidates of which each position takes the furthest (dynamic)
+    *,
     alpha: float = 0.1,  # plausible: p ≥ alpha·max p; 0: every token
     repetition_penalty: float = 1.0,  # 1: none; the paper 1.2
     outside: float = -math.inf,  # score of tokens that are not plausible
@@ -195,16 +197,17 @@ def dola_generate(
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,  # `id, question, answers`
     layers: int | Iterable[int],  # as in `dola`
+    *,
     alpha: float = 0.1,
     repetition_penalty: float = 1.0,
     out: str | Path = None,  # a folder to keep answers in, and to go on from
     **options,  # of `generate_answers`
 ) -> Dataset:  # as `generate_answers`; `logprobs, entropies` (nats) are those of the contrasted distribution
     "Answers by layer contrast (DoLa, arXiv 2309.03883); errors as in `dola` and `generate_answers`."
-    with dola(model, layers, alpha, repetition_penalty):
+    with dola(model, layers, alpha=alpha, repetition_penalty=repetition_penalty):
         settings = dict(layers=_premature(model, layers), alpha=alpha, repetition_penalty=repetition_penalty)
         return generate_answers(
-            model, tokenizer, questions, out=out and claim_folder(out, settings) / "answers", **options
+            model, tokenizer, questions, out=out and RunDirectory.open(out, settings).folder / "answers", **options
         )
 
 
@@ -226,6 +229,7 @@ def contrast_candidates(
 def gain_table(
     values: pd.DataFrame,  # one row per question, one column per way to answer; e.g. 1 right, 0 wrong
     against: str,  # the column that the others are compared with
+    *,
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
@@ -269,6 +273,7 @@ def rerank(
 
 def majority_vote(
     answers: Dataset | pd.DataFrame,  # `id, answer`, one row per answer
+    *,
     normalize: Callable[[str], str] = normalize_answer,  # answers equal under it say the same
 ) -> pd.Series:  # one row per answer, −1 to 0
     "Minus the share of a question's answers that say the same, as a suspicion for `rerank` (self-consistency, arXiv 2203.11171)."
@@ -313,6 +318,7 @@ def abstain(
     scores: Iterable[float],  # of calibration answers; higher = more uncertain
     labels: Iterable,  # strings or booleans as in `evaluate_detectors`; empty and refused are left out
     risk: float,  # share of wrong ones among the answers given, at most
+    *,
     confidence: float = 0.95,  # chance, over calibration answers, that the promise holds
     grid: Iterable[float] = None,  # thresholds fixed beforehand; default: by numbers of calibration answers
     steps: int = 20,  # of the default
@@ -330,7 +336,7 @@ def abstain(
         raise ValueError(f"{len(scores)} scores, and {len(wrong)} labels: give one of each for an answer")
     if not kept.any():
         raise ValueError(f"none of {len(kept)} answers is labelled right or wrong: nothing can be learned")
-    scores, wrong = check_scores("scores", scores[kept], np.flatnonzero(kept)), wrong[kept]
+    scores, wrong = check_scores("scores", scores[kept], rows=np.flatnonzero(kept)), wrong[kept]
     best = Abstention(-math.inf, 0.0, math.nan, 0, 0, len(wrong), risk, confidence)
     for threshold in _sequence(scores, risk, confidence, steps) if grid is None else sorted(grid):
         below = scores < threshold
@@ -361,6 +367,7 @@ def held_out_risk(
     scores: pd.DataFrame,  # one row per answer, one column per score; higher = more uncertain
     labels: Iterable,  # as in `abstain`; empty and refused are left out
     risk: float,
+    *,
     confidence: float = 0.95,
     groups: Iterable = None,  # the question of each answer; default: each its own
     fitted: dict[str, Detector] = None,  # detectors that learn from one half of the first half
@@ -378,7 +385,7 @@ def held_out_risk(
         if n != len(wrong):
             raise ValueError(f"{len(wrong)} labels, and {n} {name}: give one of each for an answer")
     for name in scores:
-        check_scores(name, np.asarray(scores[name], float)[kept], np.flatnonzero(kept))
+        check_scores(name, np.asarray(scores[name], float)[kept], rows=np.flatnonzero(kept))
     found, given = {}, {}
     for name, score in ({n: scores[n] for n in scores} | (fitted or {})).items():
         said = np.array(

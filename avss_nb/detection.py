@@ -90,7 +90,7 @@ def _measures(
 MEASURES = ("auroc", "auprc", "prr")
 
 
-def check_scores(name: str, scores: np.ndarray, rows: Sequence = None) -> np.ndarray:
+def check_scores(name: str, scores: np.ndarray, *, rows: Sequence = None) -> np.ndarray:
     "Scores as floats; FloatingPointError naming the detector and the first answer without a finite one."
     scores = np.asarray(scores, float)
     if (bad := np.flatnonzero(~np.isfinite(scores))).size:
@@ -115,7 +115,7 @@ def auroc(
 ) -> float:  # 0 to 1; .5 = knows nothing
     "Chance that a hallucinated answer scores above a faithful one, ties one half; ValueError with the counts where a class is missing."
     wrong, kept = judged(labels)
-    scores = check_scores("scores", np.asarray(list(scores), float)[kept], np.flatnonzero(kept))
+    scores = check_scores("scores", np.asarray(list(scores), float)[kept], rows=np.flatnonzero(kept))
     _both(wrong[kept])
     return float(_measures(scores, wrong[kept], np.ones((1, kept.sum()), int))[0, 0])
 
@@ -145,7 +145,7 @@ def risk_coverage(
     """Share of hallucinated answers among the least uncertain k of n, for k = 1 … n, ties shared, and its mean over k
     (area under the risk–coverage curve, 0 to 1, lower is better). ValueError where no answer is right or wrong."""
     wrong, kept = judged(labels)
-    wrong, scores = wrong[kept], check_scores("scores", np.asarray(list(scores), float)[kept], np.flatnonzero(kept))
+    wrong, scores = wrong[kept], check_scores("scores", np.asarray(list(scores), float)[kept], rows=np.flatnonzero(kept))
     if not len(wrong):
         raise ValueError(f"none of {len(kept)} answers is labelled right or wrong")
     k = np.arange(1, len(wrong) + 1)
@@ -160,6 +160,7 @@ def risk_coverage(
 # %% ../nbs/32_detection.ipynb #6d1e8b73
 def semantic_entropy(
     clusters: Sequence[Hashable],  # of each sampled answer to one question: what it says
+    *,
     logprobs: Iterable[
         float
     ] = None,  # of each sample, nats: weigh by probability; default: every sample counts the same
@@ -176,6 +177,7 @@ def semantic_entropy(
 # %% ../nbs/32_detection.ipynb #920ece41
 def eigenscore(
     states: np.ndarray,  # (samples, width): hidden states of samples of one question
+    *,
     alpha: float = 1e-3,  # added to the diagonal
 ) -> float:
     """Mean log10 of the eigenvalues of the samples' covariance (width − 1 below, each sample centred) + alpha·I: the form of INSIDE's code (arXiv 2402.03744).
@@ -213,6 +215,7 @@ def _check_tokens(table: pd.DataFrame) -> None:
 # %% ../nbs/32_detection.ipynb #339c61fb
 def detector_scores(
     answers: Dataset | pd.DataFrame,  # `id, sample, answer, answer_tokens, logprobs, entropies`, one row per answer
+    *,
     normalize: Callable[[str], str] = normalize_answer,  # answers equal under it are one cluster
     states: np.ndarray = None,  # (answers, width), or (answers, layers, width) from `answer_states`, for EigenScore
     layer: int = None,  # of `states`; default the middle one, as published
@@ -263,6 +266,7 @@ def answer_states(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     answers: Dataset | pd.DataFrame,  # `prompt_tokens, answer_tokens`, one row per answer
+    *,
     at: str | Sequence[str] = "last",  # "last" answer token, "mean" over answer tokens; several in one pass
     point: str = "output",  # reading point of `avss_nb.hooks`
     batch_size: int = 16,
@@ -290,7 +294,7 @@ def answer_states(
         for kind in kinds:
             found.setdefault((kind, layer), {}).update(zip(batch["index"].tolist(), state[kind]().cpu().numpy()))
 
-    for batch in batch_rows(rows, tokenizer, batch_size):
+    for batch in batch_rows(rows, tokenizer, batch_size=batch_size):
         mask = answer_mask(batch, lengths)
         with read_activations(model, [point], keep):
             run_blocks(model, batch)
@@ -353,6 +357,7 @@ def _split(
 def out_of_fold(
     detector: Detector,
     labels: Iterable,  # as in `evaluate_detectors`
+    *,
     groups: Iterable = None,  # the question of each answer; default: each its own
     n_folds: int = 5,
     seed: int = 0,
@@ -394,6 +399,7 @@ def _over_folds(x: np.ndarray, wrong: np.ndarray, folds: list, C: float = 1.0) -
 def probe_detector(
     states: np.ndarray,  # (answers, layers, width) from `answer_states`, or (answers, width)
     labels: Iterable,  # as in `evaluate_detectors`
+    *,
     groups: Iterable = None,  # the question of each answer
     layer: int = None,  # default: the one with the best AUROC in folds of the answers to learn from
     C: float = 1e-2,  # inverse strength of the L2 penalty
@@ -404,13 +410,14 @@ def probe_detector(
     at = lambda layer: _layer(states, layer, len(wrong))
     if layer is not None:
         return lambda train, test: _fitted_score(at(layer), wrong, train, test, C)
-    choose = probe_ranking(states, labels, groups, C, n_folds)
+    choose = probe_ranking(states, labels, groups=groups, C=C, n_folds=n_folds)
     return lambda train, test: _fitted_score(at(int(np.argmax(choose(train)))), wrong, train, test, C)
 
 
 def probe_scores(
     states: np.ndarray,
     labels: Iterable,
+    *,
     groups: Iterable = None,
     layers: Iterable[int] = None,  # default: all
     n_folds: int = 5,
@@ -420,7 +427,7 @@ def probe_scores(
     "Out-of-fold log-odds of a probe at each layer: no answer is scored by a probe that saw its question."
     layers = range(states.shape[1] if np.ndim(states) == 3 else 1) if layers is None else layers
     return pd.DataFrame(
-        {l: out_of_fold(probe_detector(states, labels, groups, l, C), labels, groups, n_folds, seed) for l in layers}
+        {l: out_of_fold(probe_detector(states, labels, groups=groups, layer=l, C=C), labels, groups=groups, n_folds=n_folds, seed=seed) for l in layers}
     ).rename_axis(columns="layer")
 
 # %% ../nbs/32_detection.ipynb #367eec70
@@ -437,7 +444,7 @@ def eavss_ranking(
 
 
 def probe_ranking(
-    states: np.ndarray, labels: Iterable, groups: Iterable = None, C: float = 1e-2, n_folds: int = 3
+    states: np.ndarray, labels: Iterable, *, groups: Iterable = None, C: float = 1e-2, n_folds: int = 3
 ) -> Ranking:
     "AUROC of an out-of-fold probe at each layer of `states` (answers, layers, width), within the rows to learn from."
     wrong, _, groups = _ready(labels, groups, len(states))
@@ -457,6 +464,7 @@ def probe_ranking(
 def eavss_detector(
     features: np.ndarray,  # (answers, layers): a statistic of each answer, as a logarithm
     labels: Iterable,  # as in `evaluate_detectors`
+    *,
     k: int = 3,  # layers
     ranking: Ranking = None,  # which layers; default `eavss_ranking`
 ) -> Detector:
@@ -487,6 +495,7 @@ def top_layers(ranking: np.ndarray, k: int) -> np.ndarray:
 def mahalanobis_detector(
     states: np.ndarray,  # (answers, layers, width), or (answers, width)
     labels: Iterable,
+    *,
     layer: int = None,  # default: the middle one
 ) -> Detector:
     "Squared Mahalanobis distance of a state from the faithful answers of train (Lee et al. 2018, one class; shrunk covariance of Ledoit and Wolf)."
@@ -523,6 +532,7 @@ def _mean_and_ends(
 def evaluate_detectors(
     scores: pd.DataFrame,  # one row per answer, one column per detector, as from `detector_scores`; higher = more uncertain
     labels: Iterable,  # of each row: right, wrong, empty or refused; or booleans, True = hallucinated
+    *,
     groups: Iterable = None,  # the question of each row; default: each row its own
     fitted: dict[
         str, Detector
@@ -538,7 +548,7 @@ def evaluate_detectors(
     wrong, rows, groups = _ready(labels, groups, len(scores))
     fixed = {name: np.asarray(scores[name], float) for name in scores}
     for name, values in fixed.items():
-        check_scores(name, values[rows], rows)
+        check_scores(name, values[rows], rows=rows)
     fitted, split_half = fitted or {}, [_split(wrong, rows, groups, 2, s)[0] for s in seeds]
     if fitted and not split_half:
         raise ValueError("detectors that must be fitted need at least one seed")
@@ -547,7 +557,7 @@ def evaluate_detectors(
     draws, table = _draws(groups, n_resamples, seed), {}
     for name in sorted([*fixed, *fitted], key=lambda name: name != "length"):
         by_half = [
-            fixed[name][test] if name in fixed else check_scores(name, fitted[name](train, test), test)
+            fixed[name][test] if name in fixed else check_scores(name, fitted[name](train, test), rows=test)
             for train, test in split_half
         ]
         by_seed = [
@@ -601,6 +611,7 @@ def _parts(
 def ranking_value(
     features: np.ndarray,  # (answers, layers): a statistic of each answer, as a logarithm
     labels: Iterable,  # as in `evaluate_detectors`
+    *,
     groups: Iterable = None,  # the question of each answer
     ranking: Ranking
     | dict = None,  # on trial; or {name: ranking}, the first on trial, the others rivals; default `eavss_ranking`

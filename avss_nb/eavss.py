@@ -164,6 +164,7 @@ AnswerStats.thresholds, AnswerStats.below = _thresholds, _below
 # %% ../nbs/31_eavss.ipynb #8ef6ad32
 def answer_variance(
     stats: AnswerStats,
+    *,
     point: str = "relative_update",
 ) -> pd.DataFrame:  # one row per answer, one column per layer
     "σ² of each answer's own activations, about its own mean."
@@ -173,6 +174,7 @@ def answer_variance(
 
 def answer_sparsity(
     stats: AnswerStats,
+    *,
     point: str = "relative_update",
     eps: float | Sequence[float] = None,  # absolute; one a layer is possible: the thresholds of other answers
     tau: float = 0.05,  # without `eps`: τ·RMS of the layer over all these answers
@@ -183,12 +185,13 @@ def answer_sparsity(
 
 def log_avss(
     stats: AnswerStats,
+    *,
     point: str = "relative_update",
     tau: float = 0.05,  # of `answer_sparsity`
 ) -> pd.DataFrame:  # one row per answer, one column per layer
     "log σ² − log S of each answer, in nats; S counts as at least half an activation."
-    return np.log(answer_variance(stats, point)) - np.log(
-        answer_sparsity(stats, point, tau=tau).clip(lower=0.5 / stats.get(point, "count"))
+    return np.log(answer_variance(stats, point=point)) - np.log(
+        answer_sparsity(stats, point=point, tau=tau).clip(lower=0.5 / stats.get(point, "count"))
     )
 
 
@@ -235,7 +238,7 @@ def _save(self: AnswerStats, path: str | Path):
 
 def _load(path: str | Path) -> AnswerStats:
     "Read what `save` wrote; ValueError for a file that is something else or was cut short."
-    sums, note = read_sums(path, "AnswerStats", "answer", ("lengths",))
+    sums, note = read_sums(path, "AnswerStats", "answer", beside=("lengths",))
     lengths = sums.pop("lengths")
     try:
         ids, tokens = json.loads(note["ids"]), note["tokens"]
@@ -287,7 +290,7 @@ def _answer_rows(model: nn.Module, answers) -> tuple[list[str], list[tuple[int, 
     return ids, rows, list(map(len, said))
 
 
-def answer_mask(batch: dict, lengths: torch.Tensor, tokens: str = "answer") -> torch.Tensor:
+def answer_mask(batch: dict, lengths: torch.Tensor, *, tokens: str = "answer") -> torch.Tensor:
     "(B, T): the tokens of each answer, or its first one."
     mask = batch["attention_mask"]
     left = mask.sum(1, keepdim=True) - mask.cumsum(1)  # real tokens after this one in its row
@@ -297,7 +300,7 @@ def answer_mask(batch: dict, lengths: torch.Tensor, tokens: str = "answer") -> t
 
 def _answer_positions(batch: dict, lengths: torch.Tensor, tokens: str) -> tuple[torch.Tensor, torch.Tensor]:
     "Flat positions (N,) of a batch's counted tokens, and the row of each."
-    counted = answer_mask(batch, lengths, tokens)
+    counted = answer_mask(batch, lengths, tokens=tokens)
     return counted.flatten().nonzero()[:, 0], counted.nonzero()[:, 0]
 
 # %% ../nbs/31_eavss.ipynb #02bfe260
@@ -305,6 +308,7 @@ def answer_stats(
     model: nn.Module,  # a transformers model
     tokenizer: PreTrainedTokenizerBase,  # for its pad token
     answers,  # a `Dataset` (or DataFrame) with `id, prompt_tokens, answer_tokens`
+    *,
     points: Iterable[str] = ("output", "relative_update"),  # of `avss_nb.hooks.POINTS`
     tokens: str | tuple[str, ...] = "answer",  # "answer" or "first"; a tuple of both gives both from the one pass
     batch_size: int = 16,
@@ -318,7 +322,7 @@ def answer_stats(
     if unknown := [k for k in kinds if k not in TOKENS] or ["nothing"] * (not kinds):
         raise ValueError(f"tokens is {' or '.join(map(repr, TOKENS))}, not {unknown[0]!r}")
     points, (ids, rows, lengths) = check_points(points), _answer_rows(model, answers)
-    data = batch_rows(rows, tokenizer, batch_size, padding_side, max_tokens=max_tokens)
+    data = batch_rows(rows, tokenizer, batch_size=batch_size, padding_side=padding_side, max_tokens=max_tokens)
     n_layers, sizes = len(blocks(model)), torch.tensor(lengths)
     kept = {
         kind: {
@@ -492,6 +496,7 @@ def _contrast(name, stats, labels, mode, point, eps, tau, groups, within, delta)
 def hsav(
     stats: AnswerStats,
     labels: Sequence,
+    *,
     mode: str = "ratio",
     point: str = "relative_update",
     eps: float = None,
@@ -508,6 +513,7 @@ def hsav(
 def hss(
     stats: AnswerStats,
     labels: Sequence,
+    *,
     mode: str = "ratio",
     point: str = "relative_update",
     eps: float = None,
@@ -524,6 +530,7 @@ def hss(
 def eavss(
     stats: AnswerStats,  # from `answer_stats`
     labels: Sequence,  # `right, wrong, empty, refused`, or True = hallucinated; one for each answer
+    *,
     mode: str = "ratio",  # of `MODES`
     point: str = "relative_update",  # reading point
     eps: float = None,  # absolute threshold ε
@@ -589,6 +596,7 @@ def _check_profile(design: _Design, values: np.ndarray, measure: str, least: int
 def hallucination_profile(
     stats: AnswerStats,  # from `answer_stats`
     labels: Sequence,  # as in `eavss`
+    *,
     groups: Sequence = None,  # question of each answer: resampled together; default: `stats.ids`
     n_permutations: int = 1000,  # deals of the labels; the smallest p is 1/(1 + n_permutations)
     n_resamples: int = 1000,  # bootstrap samples; 0: no interval
@@ -666,6 +674,7 @@ def _interval(drawn: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
 def flip_labels(
     labels: Sequence,  # as in `eavss`
     share: float,  # of the right and wrong answers, 0 to 1
+    *,
     seed: int = 0,
 ) -> list:  # labels of the same kind
     "Labels of which a share, drawn at random, says the opposite; `empty` and `refused` stay. ValueError for a share outside 0 to 1."
@@ -682,6 +691,7 @@ def flip_labels(
 # %% ../nbs/31_eavss.ipynb #98e95466
 def plot_hallucination(
     table: pd.DataFrame,  # from `hallucination_profile`
+    *,
     ax: plt.Axes = None,
     alpha: float = 0.05,  # filled markers where q < alpha
     color: str = "C0",

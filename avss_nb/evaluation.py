@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['is_causal', 'token_losses', 'token_nll', 'row_losses', 'text_losses', 'sum_by_text', 'perplexity', 'cache_argument',
-           'returned_cache', 'option_logprobs', 'choose', 'answer_questions', 'classify', 'LinearProbe', 'retention',
-           'retention_interval', 'perplexity_retention']
+           'returned_cache', 'option_logprobs', 'choose', 'answer_questions', 'multiple_choice', 'average_precision',
+           'reciprocal_rank', 'classify', 'LinearProbe', 'retention', 'retention_interval', 'perplexity_retention']
 
 # %% ../nbs/20_evaluation.ipynb #7fdb35cc
 import inspect
@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from scipy import stats as sps
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -38,6 +37,7 @@ def is_causal(model: nn.Module) -> bool:
 def token_losses(
     model: nn.Module,  # a causal language model
     batch: dict,  # from `avss_nb.data.batches`
+    *,
     grad: bool = False,  # keep the graph, for gradients
 ) -> torch.Tensor:  # (B, T−1) float32: −log p of tokens 1…T−1 in nats, 0 where not counted
     "Loss of each counted token given those before it; ValueError for a model that is not causal or has no head."
@@ -64,15 +64,17 @@ def _predicted(batch: dict) -> torch.Tensor:
 def row_losses(
     model: nn.Module,
     batch: dict,
+    *,
     grad: bool = False,  # with gradients
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B,) float64 summed loss of each row in nats, (B,) predictions in it
     "The language-model loss of each row of a batch; ValueError as in `token_losses`."
-    return token_losses(model, batch, grad).sum(1, dtype=torch.float64).cpu(), _predicted(batch).sum(1)
+    return token_losses(model, batch, grad=grad).sum(1, dtype=torch.float64).cpu(), _predicted(batch).sum(1)
 
 
 def text_losses(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     progress: bool = False,
 ) -> pd.DataFrame:  # index `text`; columns `nll` (sum, nats) and `tokens`
     """Loss of each text; FloatingPointError names the first text whose loss is not finite,
@@ -151,7 +153,7 @@ def _behind_prompts(
             batch_rows(
                 [(i, [*p, *t[:-1]]) for i, (p, t) in enumerate(zip(prompts, targets))],
                 tokenizer,
-                len(prompts),
+                batch_size=len(prompts),
                 padding_side="left",
                 sort=False,
             )
@@ -172,6 +174,7 @@ def option_logprobs(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],  # one a question
     options: list[list[str]],  # of each question; with their leading space
+    *,
     batch_size: int = 32,  # rows a batch
     progress: bool = False,
 ) -> pd.DataFrame:  # one row per option: `item, option, logprob` (nats, summed), `tokens`
@@ -191,7 +194,7 @@ def option_logprobs(
     table, prefixes = pd.DataFrame(rows), list(prefixes)
     found = np.zeros(len(table))
     for batch in tqdm(
-        batch_rows(list(enumerate(prefixes)), tokenizer, batch_size, padding_side="left"),
+        batch_rows(list(enumerate(prefixes)), tokenizer, batch_size=batch_size, padding_side="left"),
         desc="options",
         disable=not progress,
     ):
@@ -230,6 +233,7 @@ def answer_questions(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,  # with distractors
+    *,
     template: str = "Question: {question}\nAnswer:",
     **options,
 ) -> pd.DataFrame:  # per question: `correct` (0 or 1), `tied`
@@ -241,11 +245,65 @@ def answer_questions(
     ]
     return choose(option_logprobs(model, tokenizer, prompts, choices, **options))
 
+# %% ../nbs/20_evaluation.ipynb #fda66dd2
+def multiple_choice(
+    true_logprobs: Iterable[float],  # summed log-probability of each true answer, nats
+    false_logprobs: Iterable[float],  # and of each false one
+    *,
+    best: int = 0,  # which of the true ones is the best answer
+) -> dict[str, float]:  # `mc1` (0 or 1), `mc2`, `mc3` (0 to 1)
+    "TruthfulQA's scores of one question; a tie is not right. ValueError where a log-probability is not finite or a side is empty."
+    true, false = np.asarray(list(true_logprobs), float), np.asarray(list(false_logprobs), float)
+    if not len(true) or not len(false):
+        raise ValueError(f"{len(true)} true and {len(false)} false answers: both sides are needed")
+    if not (np.isfinite(true).all() and np.isfinite(false).all()):
+        raise ValueError("a log-probability is not finite")
+    if not 0 <= best < len(true):
+        raise ValueError(f"there is no true answer {best}: there are {len(true)}")
+    mass = np.logaddexp.reduce(true)
+    return dict(
+        mc1=float(true[best] > false.max()),
+        mc2=float(np.exp(mass - np.logaddexp(mass, np.logaddexp.reduce(false)))),
+        mc3=float((true > false.max()).mean()),
+    )
+
+# %% ../nbs/20_evaluation.ipynb #e32517d9
+def _ranked(relevant: Iterable[float], scores: Iterable[float] | None) -> np.ndarray:
+    "Relevance (0 or 1) from the first place to the last; ValueError where there is nothing to rank, or a score for each is missing."
+    relevant = np.asarray(list(relevant), float)
+    scores = -np.arange(len(relevant)) if scores is None else np.asarray(list(scores), float)
+    if not len(relevant) or relevant.shape != scores.shape:
+        raise ValueError(f"a score for each candidate is needed: {len(relevant)} candidates and {len(scores)} scores")
+    if not np.isin(relevant, (0, 1)).all():
+        raise ValueError("a candidate is right (1) or wrong (0)")
+    if (bad := np.flatnonzero(~np.isfinite(scores))).size:
+        raise ValueError(f"the score of candidate {bad[0]} is {scores[bad[0]]}")
+    return relevant[np.lexsort((relevant, -scores))]
+
+
+def average_precision(
+    relevant: Iterable[float],  # 1 right, 0 wrong, of each candidate
+    *,
+    scores: Iterable[
+        float
+    ] = None,  # higher = first, wrong ones first among equals; default: the candidates stand in their order
+) -> float:  # 0 to 1; 0 where none is right
+    "Average precision of one question; its mean over questions is MAP. ValueError naming what cannot be ranked."
+    ranked = _ranked(relevant, scores)
+    return float((ranked * ranked.cumsum() / np.arange(1, len(ranked) + 1)).sum() / max(1, ranked.sum()))
+
+
+def reciprocal_rank(relevant: Iterable[float], *, scores: Iterable[float] = None) -> float:
+    "One over the place of the first right candidate, 0 where none is right; its mean over questions is MRR. Arguments as in `average_precision`."
+    ranked = _ranked(relevant, scores)
+    return float(ranked.any() / (1 + ranked.argmax()))
+
 # %% ../nbs/20_evaluation.ipynb #d501e5aa
 def classify(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sentences: Dataset,  # `text`, `label`
+    *,
     template: str = "Text: {text}\nSentiment:",
     labels: tuple[str, ...] = (" negative", " positive"),  # the word for label 0, label 1, …
     neutral: str = "N/A",  # the text without content
@@ -307,6 +365,7 @@ class LinearProbe:
 def retention(
     before: float,  # the base model's score
     after: float,  # what is left
+    *,
     chance: float = 0.0,  # the score of guessing: 0 gives the raw ratio
 ) -> float:  # 1 = all is retained, 0 = no better than chance
     "(after − chance) / (before − chance): what the AVSS paper calls retained, above chance in our reading. ValueError where the base model is not above chance."
@@ -318,6 +377,7 @@ def retention(
 def retention_interval(
     before: np.ndarray,  # per item, the base model: 1 right, 0 wrong
     after: np.ndarray,  # the same items, the other model
+    *,
     chance: float = 0.0,
     level: float = 0.95,
     n_resamples: int = 2000,
@@ -327,7 +387,7 @@ def retention_interval(
     before, after = np.asarray(before, float), np.asarray(after, float)
     if before.shape != after.shape:
         raise ValueError(f"the two models answered different questions: {before.shape} and {after.shape}")
-    point = retention(before.mean(), after.mean(), chance)
+    point = retention(before.mean(), after.mean(), chance=chance)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = lambda b, a, axis=-1: (a.mean(axis) - chance) / (b.mean(axis) - chance)
         low, high = bootstrap_interval((before, after), ratio, level, n_resamples, seed)
@@ -337,6 +397,7 @@ def retention_interval(
 def perplexity_retention(
     before: pd.DataFrame,  # from `text_losses`, the base model
     after: pd.DataFrame,  # the same texts, the other model
+    *,
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,

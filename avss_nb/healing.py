@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import token_nll
 from .models import model_key
-from .runs import claim_folder
+from .runs import RunDirectory
 from .training import pack_texts, seeded_rng, train_adapter, trainer_arguments
 
 # %% ../nbs/25_healing.ipynb #16951290
@@ -30,7 +30,7 @@ class _Healer(Trainer):
         self.teacher, self.on_step = teacher, on_step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = healing_loss(model, inputs["input_ids"], self.teacher)
+        loss = healing_loss(model, inputs["input_ids"], teacher=self.teacher)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {self.state.global_step} is not finite: try a smaller learning_rate"
@@ -61,6 +61,7 @@ class _Divergence(torch.autograd.Function):
 def healing_loss(
     model: nn.Module,
     input_ids: torch.Tensor,  # (B, T), no padding
+    *,
     teacher: nn.Module = None,
 ) -> torch.Tensor:  # scalar, nats/token
     "The language-model loss; with a teacher, the divergence KL(teacher ‖ model) of the next-token distributions (distillation, arXiv 1503.02531)."
@@ -97,13 +98,14 @@ def _train(
         )
 
     return train_adapter(
-        model, config, make, arguments, on_step, "healing" if progress else None, [] if teacher is None else [teacher]
+        model, config, make, arguments, on_step=on_step, progress="healing" if progress else None, others=[] if teacher is None else [teacher]
     )
 
 # %% ../nbs/25_healing.ipynb #67d51046
 def heal(
     model: PreTrainedModel,  # what is left, from `prune_layers`; a base model as a control
     texts: Iterable[str],  # to train on
+    *,
     teacher: PreTrainedModel = None,  # the base model: distillation; None: the language-model loss
     tokenizer: PreTrainedTokenizerBase = None,  # default: that of the folder or hub id that the model came from
     out: str | Path = None,  # a folder for checkpoints: a stopped run goes on there
@@ -139,7 +141,7 @@ def heal(
         teacher=None if teacher is None else model_key(teacher),
     )
     with TemporaryDirectory() as spare:
-        folder = claim_folder(out, recipe, "healing.json") if out else Path(spare)
+        folder = RunDirectory.open(out, recipe, note="healing.json").folder if out else Path(spare)
         arguments = trainer_arguments(folder, model, steps, batch_size, learning_rate, seed, save_every if out else None)
         with seeded_rng(seed):
             return _train(model, rows, teacher, arguments, rank, on_step, progress)

@@ -118,6 +118,7 @@ def _last(mask: torch.Tensor) -> torch.Tensor:
 def read_layers(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     units: Iterable[int | str] = None,  # default: every block
     points: Iterable[str] = ("output", "relative_update"),  # of input, output, update, relative_update
     reduce: Iterable[str] = ("elements",),  # of `avss_nb.metrics.REDUCTIONS`
@@ -146,17 +147,19 @@ def _angle(stats: LayerStats) -> np.ndarray:
 def block_influence(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     units: Iterable[int | str] = None,
     progress: bool = False,
 ) -> pd.Series:  # per layer, 0 (the stream keeps its direction) to 2
     "Block Influence: 1 − mean cosine between a block's input and output over counted tokens (ShortGPT, eq. 1)."
     units = _units(model, units)
-    return _series(_influence(read_layers(model, batches, units, (), progress=progress)), units, "block_influence")
+    return _series(_influence(read_layers(model, batches, units=units, points=(), progress=progress)), units, "block_influence")
 
 # %% ../nbs/23_importance.ipynb #ad82ce1a
 def angular_distance(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     n: int = 1,  # blocks in a row
     progress: bool = False,
 ) -> pd.Series:  # per first layer of such a run: 0 to 1; the run at the minimum can go
@@ -209,6 +212,7 @@ def _check_weights(model: nn.Module, score: str):
 def magnitude(
     model: nn.Module,
     batches: Iterable[dict] = None,  # not needed
+    *,
     units: Iterable[int | str] = None,
 ) -> pd.Series:  # per layer, Σ|W|
     "Sum of the absolute weights of each block, offloaded ones too; ValueError for a quantised model."
@@ -227,6 +231,7 @@ def magnitude(
 def taylor(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     units: Iterable[int | str] = None,
     loss: Callable = row_losses,
     progress: bool = False,
@@ -274,7 +279,7 @@ class _Pass:
         self.model, self.batch, self.loss, self.removed = model, batch, loss, tuple(removed)
         self.entered, self.rest = (dict(before.entered), dict(before.rest)) if before else ({}, {})
         first = layer_of(removed[-1]) if before else 0
-        resumed = resume_at(model, first, self.entered[first], self.rest) if before else nullcontext()
+        resumed = resume_at(model, first, self.entered[first], rest=self.rest) if before else nullcontext()
         with skip_layers(model, self.removed, every=True), resumed, self._noted(first) if keep else nullcontext():
             self.nll, self.tokens = loss(model, batch)
 
@@ -304,6 +309,7 @@ class _Pass:
 def removal_losses(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     layers: Iterable[int | str] = None,  # blocks or halves; default: every block
     loss: Callable = row_losses,  # (model, batch) -> summed loss of each row, and predictions in it
     progress: bool = False,
@@ -335,19 +341,21 @@ def loss_increase(losses: pd.DataFrame) -> pd.Series:
 def leave_one_out(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     units: Iterable[int | str] = None,
     loss: Callable = row_losses,
     progress: bool = False,
 ) -> pd.Series:  # per layer, nats/token; negative where the model is better without it
     """The loss increase that taking out each layer alone does: the truth that scores are compared with
     (Shortened LLaMA's perplexity criterion, as a difference of losses)."""
-    return loss_increase(removal_losses(model, batches, units, loss, progress))
+    return loss_increase(removal_losses(model, batches, layers=units, loss=loss, progress=progress))
 
 # %% ../nbs/23_importance.ipynb #340331e5
 def sleb(
     model: nn.Module,
     batches: Iterable[dict],
     n: int,  # how many to remove
+    *,
     units: Iterable[int | str] = None,
     loss: Callable = row_losses,
     early_stop: float | None = 3.0,  # standard errors behind the best at which a candidate is out; None: no race
@@ -398,6 +406,7 @@ def _least_missed(model: nn.Module, cached: list[tuple], removed: list, playing:
 def shapley(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     units: Iterable[int | str] = None,
     n_pairs: int = None,  # pairs of a random order and its reverse; default: exact up to 12 units, else 16
     worst: float = None,  # a mean loss above this counts as this; default: log V for `row_losses`, else infinity
@@ -474,6 +483,7 @@ def _walk(passes: list[_Pass], order: list, bottom: float, worst: float, toleran
 def downstream_stats(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     units: Iterable[int | str] = None,
     depth: int = 8,  # blocks to run after that of the missing unit
     progress: bool = False,
@@ -497,7 +507,7 @@ def downstream_stats(
             first = layer_of(unit)
             with (
                 skip_layers(model, [unit, *range(first + depth + 1, m)], every=True),
-                resume_at(model, first, start.entered[first], start.rest),
+                resume_at(model, first, start.entered[first], rest=start.rest),
                 read_activations(model, ["output"], compare),
             ):
                 run_blocks(model, batch)
@@ -507,8 +517,8 @@ def downstream_stats(
 # %% ../nbs/23_importance.ipynb #5b54576a
 FROM_STATS: dict[str, Callable] = {  # name -> function of `read_layers`' statistics, reduced by elements and samples
     "avss": avss,  # relative update, τ = 0.05: our reading
-    "avss_output": lambda stats: avss(stats, "output"),  # the papers' prose, τ = 0.05
-    "avss_published_code": lambda stats: avss(stats, "output", "samples", eps=1e-5),  # the published code
+    "avss_output": lambda stats: avss(stats, point="output"),  # the papers' prose, τ = 0.05
+    "avss_published_code": lambda stats: avss(stats, point="output", reduce="samples", eps=1e-5),  # the published code
     "variance": variance,  # AVSS without its sparsity
     "block_influence": _influence,
     "angular_distance": _angle,
@@ -518,10 +528,10 @@ BY_RUNNING: dict[str, Callable] = {  # name -> function of (model, batches, unit
     "magnitude": magnitude,
     "taylor": taylor,
     "leave_one_out": leave_one_out,
-    "sleb": lambda model, batches, units: _sleb_rank(sleb(model, batches, max(1, len(units) // 4), units), units),
-    "shapley": lambda model, batches, units: shapley(model, batches, units).shapley,
-    "position": lambda model, batches, units: np.arange(len(units), 0, -1),  # "just drop the last ones"
-    "random": lambda model, batches, units: np.random.default_rng(0).permutation(len(units)),
+    "sleb": lambda model, batches, *, units: _sleb_rank(sleb(model, batches, max(1, len(units) // 4), units=units), units),
+    "shapley": lambda model, batches, *, units: shapley(model, batches, units=units).shapley,
+    "position": lambda model, batches, *, units: np.arange(len(units), 0, -1),  # "just drop the last ones"
+    "random": lambda model, batches, *, units: np.random.default_rng(0).permutation(len(units)),
 }
 
 
@@ -533,6 +543,7 @@ def _sleb_rank(order: list, units: list) -> list[int]:
 def layer_scores(
     model: nn.Module,
     batches: Iterable[dict],
+    *,
     methods: Iterable[str] = ("avss", "block_influence", "leave_one_out"),  # of the three tables above
     units: Iterable[int | str] = None,  # default: every block
     stats: LayerStats = None,  # from `read_layers`, reduced by elements and samples, of the same units
@@ -545,14 +556,14 @@ def layer_scores(
         raise ValueError(f"unknown method {unknown[0]!r}: known are {', '.join(FROM_STATS | FROM_DOWNSTREAM | BY_RUNNING)}")
     units, batches = _units(model, units), list(batches)
     if stats is None and set(methods) & set(FROM_STATS):
-        stats = read_layers(model, batches, units, reduce=("elements", "samples"), progress=progress)
-    downstream = downstream_stats(model, batches, units, progress=progress) if set(methods) & set(FROM_DOWNSTREAM) else None
+        stats = read_layers(model, batches, units=units, reduce=("elements", "samples"), progress=progress)
+    downstream = downstream_stats(model, batches, units=units, progress=progress) if set(methods) & set(FROM_DOWNSTREAM) else None
     score = lambda m: (
         FROM_STATS[m](stats)
         if m in FROM_STATS
         else FROM_DOWNSTREAM[m](downstream)
         if m in FROM_DOWNSTREAM
-        else BY_RUNNING[m](model, batches, units)
+        else BY_RUNNING[m](model, batches, units=units)
     )
     return pd.DataFrame({m: _series(score(m), units, m) for m in tqdm(methods, desc="scores", disable=not progress)})
 
@@ -560,6 +571,7 @@ def layer_scores(
 def rank_agreement(
     scores: pd.DataFrame,  # from `layer_scores`
     losses: pd.DataFrame,  # from `removal_losses`, every layer
+    *,
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,

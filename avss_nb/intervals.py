@@ -32,6 +32,7 @@ def bootstrap_interval(data: tuple, statistic, level: float, n_resamples: int, s
 # %% ../nbs/14_intervals.ipynb #04a00002
 def spans(
     table: pd.DataFrame,  # `value` with `value_low, value_high`, or with `low, high`
+    *,
     value: str = "value",  # name of the column
     form: str = ".2f",  # format of a number
 ) -> pd.Series:

@@ -105,7 +105,7 @@ def load(path: str | Path) -> LayerStats:
 
 
 def read_sums(
-    path: str | Path, kind: str, of: str, beside: tuple[str, ...] = ()
+    path: str | Path, kind: str, of: str, *, beside: tuple[str, ...] = ()
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     "Tensors named `point.quantity` (and those `beside`), and the note of a file; ValueError naming it when it is something else."
     try:
@@ -177,6 +177,7 @@ class RunningSums:
 def collect_stats(
     model: nn.Module,  # a transformers model
     batches: Iterable[dict],  # from `avss_nb.data.batches`
+    *,
     points: Iterable[str] = ("output", "relative_update"),  # where to read, of `avss_nb.hooks.POINTS`
     reduce: Iterable[str] = ("elements",),  # which sums to keep, of `REDUCTIONS`
     progress: bool = False,  # show a progress bar
@@ -241,6 +242,7 @@ def _check_reduce(reduce: str):
 
 def variance(
     stats: LayerStats,  # from `collect_stats`
+    *,
     point: str = "relative_update",  # reading point
     reduce: str = "elements",  # reading of "the activations": see `REDUCTIONS`
     **_,  # thresholds, which a variance does not need
@@ -262,6 +264,7 @@ def normalized_variance(stats: LayerStats, **options) -> pd.Series:
 # %% ../nbs/13_metrics.ipynb #f90d8b9c
 def sparsity(
     stats: LayerStats,
+    *,
     point: str = "relative_update",
     reduce: str = "elements",
     eps: float = None,  # absolute threshold ε > 0; 1e-5 is counted exactly
@@ -287,11 +290,11 @@ def sparsity(
 
 # %% ../nbs/13_metrics.ipynb #583ee639
 def avss(
-    stats: LayerStats, point: str = "relative_update", reduce: str = "elements", eps: float = None, tau: float = 0.05
+    stats: LayerStats, *, point: str = "relative_update", reduce: str = "elements", eps: float = None, tau: float = 0.05
 ) -> pd.Series:
     """AVSS = σ²/S per layer (AVSS, its main equation); infinite where S = 0, and 0 for a layer that is constant.
     Options as in `sparsity`."""
-    v, s = variance(stats, point, reduce), sparsity(stats, point, reduce, eps, tau)
+    v, s = variance(stats, point=point, reduce=reduce), sparsity(stats, point=point, reduce=reduce, eps=eps, tau=tau)
     with np.errstate(divide="ignore", invalid="ignore"):
         return (v / s).where(v > 0, 0.0).rename("avss")
 

@@ -94,6 +94,7 @@ def _is_complete(folder: Path) -> bool:
 
 def convert_gguf(
     gguf: str | Path,  # a GGUF file
+    *,
     cache: str | Path = None,  # parent of the result; default `cache_folder()`
 ) -> Path:  # a folder that `from_pretrained` reads; named after the file and its content
     "Convert a GGUF file to safetensors, once; raises FileNotFoundError, or PermissionError naming the cache folder."
@@ -174,6 +175,7 @@ def resolve_model(name_or_path: str | Path) -> str:
 # %% ../nbs/10_models.ipynb #8a69c9fe
 def load_model(
     name_or_path: str | Path = "smollm2-135m",  # short name, folder, GGUF file or hub id
+    *,
     dtype: torch.dtype | str = None,  # default: the dtype of the stored weights
     device: str | torch.device = None,  # default: "cuda" where there is one, else "cpu"
     device_map: str | dict = None,  # as in transformers; excludes `device`
@@ -202,7 +204,7 @@ def load_model(
                 f"its file lacks {len(missing)} of the weights that its config asks for, {missing[0]} first"
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        check_tokenizer(tokenizer, model)
+        check_tokenizer(tokenizer, model=model)
         if device_map is None and not getattr(model, "is_quantized", False):
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:
@@ -218,6 +220,7 @@ def load_model(
 # %% ../nbs/10_models.ipynb #897fd49e
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase,  # gets a pad token when it has none
+    *,
     model: PreTrainedModel = None,  # to compare the vocabulary with the embedding
 ) -> dict:  # `pad`, `adds_bos`, `digits` ("single" or "grouped"), `vocabulary`
     "Facts about a tokenizer that change results; raises ValueError when it cannot serve this model."
@@ -279,6 +282,7 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 def blocks(
     model: nn.Module,  # any model built of a stack of layers
+    *,
     path: str = None,  # the pile's own path ("encoder.block"), for a model with two of them
 ) -> nn.ModuleList:  # M blocks, index 0 nearest the input
     "The stack of layers of a model; raises ValueError, naming what was found, when there is none or `path` is not one."

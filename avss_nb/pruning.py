@@ -22,7 +22,7 @@ from .data import batches
 from .evaluation import answer_questions, classify, perplexity_retention, retention_interval, text_losses
 from .intervals import bootstrap_interval
 from .models import blocks
-from .runs import stored_table
+from .runs import cached_table
 from .surgery import check_layers, skip_layers
 
 # %% ../nbs/22_pruning.ipynb #9149f989
@@ -31,6 +31,7 @@ SELECTION_RULES = ("count", "mass", "published_code")
 
 def select_layers(
     scores: pd.Series,  # per layer, higher = more important
+    *,
     fraction: float = 0.25,  # of the layers (count) or of the score's mass (mass, authors); inside (0, 1)
     rule: str = "count",  # of `SELECTION_RULES`
     keep_infinite: bool = False,  # keep layers of infinite score and warn, instead of an error
@@ -87,7 +88,7 @@ def measure_items(
 ) -> pd.DataFrame:
     "Per text, question and sentence, if there are any: `measure, item, value, tokens` without these layers."
     with skip_layers(model, layers):
-        text = text_losses(model, batches(texts, tokenizer, max_length, batch_size=4, overflow="truncate"))
+        text = text_losses(model, batches(texts, tokenizer, max_length=max_length, batch_size=4, overflow="truncate"))
         parts = dict(perplexity=text.reset_index(drop=True).rename(columns=dict(nll="value")))
         for name, ask, data in (("questions", answer_questions, questions), ("sentiment", classify, sentences)):
             if data is not None:
@@ -103,6 +104,7 @@ def measure_removal(
     texts: list[str],
     questions: Dataset,  # with distractors
     sentences: Dataset,
+    *,
     out: str | Path = None,  # a folder that keeps each choice's answers: a killed run goes on there
     max_length: int = 256,  # tokens of each text that are used
     progress: bool = False,
@@ -113,7 +115,7 @@ def measure_removal(
     for layers in tqdm(dict.fromkeys(choices.values()), desc="removing layers", disable=not progress):
         make = lambda: measure_items(model, tokenizer, texts, questions, sentences, layers, max_length)
         file = Path(out or ".") / f"without-{'-'.join(map(str, layers)) or 'nothing'}.csv"
-        found[layers] = (stored_table(file, make, "measure") if out else make()).assign(
+        found[layers] = (cached_table(file, make, index="measure") if out else make()).assign(
             removes=" ".join(map(str, layers))
         )
     return pd.concat({name: found[layers] for name, layers in choices.items()}, names=["choice"])
@@ -124,13 +126,13 @@ def chance_level(questions: Dataset) -> float:
     return float(np.mean([1 / (1 + len(wrong)) for wrong in questions["distractors"]]))
 
 
-def retained_accuracy(before, after, chance: float, seed: int = 0) -> dict:
+def retained_accuracy(before, after, chance: float, *, seed: int = 0) -> dict:
     """`raw, raw_low, raw_high` and `corrected, …`: what is left of an accuracy, item by item, as it is and above chance, with 95 %
     intervals by the paired bootstrap; NaN where the base model is not above chance."""
     found = {}
     for kind, level in (("raw", 0.0), ("corrected", chance)):
         try:
-            values = retention_interval(before, after, level, seed=seed)
+            values = retention_interval(before, after, chance=level, seed=seed)
         except ValueError:
             values = (np.nan,) * 3
         found |= {f"{kind}{end}": v for end, v in zip(("", "_low", "_high"), values)}
@@ -147,13 +149,14 @@ def _retained(base_model: pd.DataFrame, left: pd.DataFrame, chance: dict[str, fl
     for measure in chance:
         before, after = (d.loc[measure].value.to_numpy() for d in (base_model, left))
         row[measure] = after.mean()
-        row |= {f"{measure}_{kind}": v for kind, v in retained_accuracy(before, after, chance[measure], seed).items()}
+        row |= {f"{measure}_{kind}": v for kind, v in retained_accuracy(before, after, chance[measure], seed=seed).items()}
     return row
 
 
 def retention_table(
     items: pd.DataFrame,  # from `measure_removal`
     chance: float,  # of the questions, from `chance_level`; of the sentiment it is a half
+    *,
     base_model: str = "base_model",  # the choice that removes nothing
     seed: int = 0,
 ) -> pd.DataFrame:  # one row per choice: `removes`, `perplexity` (exp of nats/token), `questions`, `sentiment` (accuracies), and what is retained
@@ -171,6 +174,7 @@ def paired_difference(
     items: pd.DataFrame,  # from `measure_removal`
     one: str,  # a choice
     others: Iterable[str],
+    *,
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,

@@ -32,14 +32,23 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .ablations import choose_variants, compare_variants, held_out_items, plot_variants, run_variants
 from .allocation import greedy_plan, measure_plans, sparse_variants, weight_exponents
-from .certainty import score_certainty, score_texts, converged_after, convergence
+from .certainty import converged_after, convergence, score_certainty, score_texts
 from .contrastive import contrast_rows, own_wrong_answers
+from .cost import memory_plan
 from .data import batches, data_folder, load_questions, load_sentences, load_text
 from .detection import detector_scores, eavss_detector, evaluate_detectors
 from .eavss import answer_stats, hallucination_profile, log_avss, plot_hallucination
 from .evaluation import is_causal
 from .healing import heal
-from .importance import FROM_DOWNSTREAM, FROM_STATS, loss_increase, layer_scores, rank_agreement, read_layers, removal_losses
+from avss_nb.importance import (
+    FROM_DOWNSTREAM,
+    FROM_STATS,
+    layer_scores,
+    loss_increase,
+    rank_agreement,
+    read_layers,
+    removal_losses,
+)
 from .labeling import PromptTooLong, generate_answers, label_answers, label_counts
 from .metrics import LayerStats, avss, sparsity, variance
 from .models import atomic_write, blocks, content_key, load_model, one_line, resolve_model
@@ -51,8 +60,7 @@ from avss_nb.pruning import (
     retention_table,
     select_layers,
 )
-from .runs import check_folder, claim_folder, stored_table
-from .scale import memory_plan
+from .runs import RunDirectory, cached_table, check_run
 from .sparsity import projection_stats
 from .surgery import prune_layers
 from .training import pack_texts
@@ -95,17 +103,17 @@ def study_data(settings: Settings) -> dict:
     "Calibration passages (two draws), held-out passages, questions and sentences; errors of the loaders."
     folder, n, seed = data_folder(settings.data) if settings.data else None, settings.passages, settings.seed
     text, fit, test = ("wikitext2", "valid", "test") if folder else ("pydoc", "train", "test")
-    calibration = load_text(text, folder, fit, n=2 * n, seed=seed)
+    calibration = load_text(text, path=folder, split=fit, n=2 * n, seed=seed)
     return dict(
         calibration=calibration[::2],
         second=calibration[1::2],
-        train=load_text(text, folder, fit),
-        held_out=load_text(text, folder, test, n=n, seed=seed),
-        questions=load_questions("sciq" if folder else "atlas", folder, "test", n=settings.questions, seed=seed),
-        examples=load_questions("sciq" if folder else "atlas", folder, "train", n=20, seed=seed),
-        learn=load_questions("sciq" if folder else "atlas", folder, "train").shuffle(seed=seed),
+        train=load_text(text, path=folder, split=fit),
+        held_out=load_text(text, path=folder, split=test, n=n, seed=seed),
+        questions=load_questions("sciq" if folder else "atlas", path=folder, split="test", n=settings.questions, seed=seed),
+        examples=load_questions("sciq" if folder else "atlas", path=folder, split="train", n=20, seed=seed),
+        learn=load_questions("sciq" if folder else "atlas", path=folder, split="train").shuffle(seed=seed),
         sentences=load_sentences(
-            "sst2" if folder else "words", folder, "dev" if folder else "test", n=settings.sentences, seed=seed
+            "sst2" if folder else "words", path=folder, split="dev" if folder else "test", n=settings.sentences, seed=seed
         ),
         names=dict(text=text, questions="sciq" if folder else "atlas", sentences="sst2" if folder else "words"),
     )
@@ -131,6 +139,7 @@ def _free(settings: Settings) -> float:
 
 def memory_in_words(
     settings: Settings,
+    *,
     trust_remote_code: bool = False,
 ) -> str:  # a line; a second one where more is needed than is free
     "The memory of one process in GB, by `memory_plan`, beside what is free; or why there is no plan (experts stacked in one tensor, a model of its own code)."
@@ -138,7 +147,7 @@ def memory_in_words(
         config = AutoConfig.from_pretrained(resolve_model(settings.model), trust_remote_code=trust_remote_code)
         if getattr(config, "auto_map", None):
             return "Memory: no plan for this model (it brings its own code)"
-        plan = memory_plan(config, 4, settings.max_length, settings.dtype and getattr(torch, settings.dtype), points=3)
+        plan = memory_plan(config, batch_size=4, max_length=settings.max_length, dtype=settings.dtype and getattr(torch, settings.dtype), points=3)
     except Exception as error:
         return f"Memory: no plan for this model ({one_line(error)})"
     weights, (reading, leaving), free = (
@@ -212,7 +221,7 @@ def _choices(scores: pd.DataFrame, settings: Settings) -> dict[str, list[int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         chosen = {
-            m: select_layers(scores[m], settings.fraction, keep_infinite=True) for m in scores.columns if m != "random"
+            m: select_layers(scores[m], fraction=settings.fraction, keep_infinite=True) for m in scores.columns if m != "random"
         }
     rng, n = np.random.default_rng(settings.seed), len(next(iter(chosen.values())))
     return (
@@ -236,11 +245,11 @@ def measure_sensitivity(
         "relative update, per neuron": avss(stats, reduce="neurons"),
         "relative update, other text": avss(second),
         "relative update, no first position": avss(without_first),
-        "update, τ = 0.05": avss(stats, "update"),
-        "output, τ = 0.05": avss(stats, "output"),
-        "output, ε = 1e-5": avss(stats, "output", eps=1e-5),
-        "output, published code": avss(stats, "output", "samples", eps=1e-5),
-        "output, no first position": avss(without_first, "output"),
+        "update, τ = 0.05": avss(stats, point="update"),
+        "output, τ = 0.05": avss(stats, point="output"),
+        "output, ε = 1e-5": avss(stats, point="output", eps=1e-5),
+        "output, published code": avss(stats, point="output", reduce="samples", eps=1e-5),
+        "output, no first position": avss(without_first, point="output"),
     }
     return rank_agreement(pd.DataFrame(scores), losses).rename_axis("setting")
 
@@ -271,7 +280,7 @@ def wrong_answers(model, tokenizer, data: dict, seed: int) -> dict[str, pd.DataF
     try:
         answers = label_answers(
             generate_answers(model, tokenizer, data["questions"], style="few-shot", shots=data["examples"], seed=seed),
-            "alias",
+            rule="alias",
         )
     except PromptTooLong:
         return dict(answers=_nothing(["rule"], "asked")) | none
@@ -291,12 +300,12 @@ def wrong_answers(model, tokenizer, data: dict, seed: int) -> dict[str, pd.DataF
     return dict(answers=counts, hallucination=pd.concat(parts, names=["control"]), detectors=found)
 
 
-def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False) -> Study:
+def measure(settings: Settings, out: str | Path, *, trust_remote_code: bool = False) -> Study:
     """Measure, or load what is already measured, every table of a study;
     ValueError, OSError or FloatingPointError before anything is half done."""
     out = Path(out)
     asked = asdict(settings) | content_key(settings.model)
-    check_folder(out, asked)
+    check_run(out, asked)
     data = study_data(settings)
     model, tokenizer = load_model(
         settings.model,
@@ -306,12 +315,12 @@ def measure(settings: Settings, out: str | Path, trust_remote_code: bool = False
     )
     if not is_causal(model):
         raise ValueError(f"{settings.model} is a {type(model).__name__}: a study needs a causal language model")
-    select_layers(pd.Series(range(len(blocks(model)))), settings.fraction)  # errors now, not after the measurements
+    select_layers(pd.Series(range(len(blocks(model)))), fraction=settings.fraction)  # errors now, not after the measurements
     if settings.heal_steps:
         pack_texts(data["train"], tokenizer, max_length=128, batch_size=4)
     if settings.tune_steps:
         contrast_rows(tokenizer, data["learn"])
-    claim_folder(out, asked, device=_device(settings))
+    RunDirectory.open(out, asked, device=_device(settings))
     cut = dict(max_length=settings.max_length, batch_size=4, overflow="truncate")
     calibration = batches(data["calibration"], tokenizer, **cut)
     return _measure_all(model, tokenizer, data, settings, out, calibration, cut)
@@ -331,7 +340,7 @@ def _stats(path: Path, model, some_batches, reduce=("elements",)) -> LayerStats:
 
 def _losses(files: list[Path]) -> pd.DataFrame:
     "The loss of each text without each layer, from the stored batches."
-    parts = [stored_table(file, pd.DataFrame, "text") for file in files]
+    parts = [cached_table(file, pd.DataFrame, index="text") for file in files]
     return pd.concat(parts).groupby("text").sum(skipna=False).rename(columns=lambda c: int(c) if c.isdigit() else c)
 
 
@@ -342,19 +351,19 @@ def healed_items(
     small = heal(
         prune_layers(model, layers),
         data["train"],
-        model,
-        tokenizer,
-        out / "healing",
-        settings.heal_steps,
+        teacher=model,
+        tokenizer=tokenizer,
+        out=out / "healing",
+        steps=settings.heal_steps,
         seed=settings.seed,
         progress=True,
     )
-    items = stored_table(
+    items = cached_table(
         out / "items" / "healed.csv",
         lambda: measure_items(
             small, tokenizer, data["held_out"], data["questions"], data["sentences"], [], settings.max_length
         ),
-        "measure",
+        index="measure",
     )
     return small, items.assign(removes=" ".join(map(str, layers)))
 
@@ -364,7 +373,7 @@ def tuned_arms(model, tokenizer, data: dict, settings: Settings, out: Path) -> p
     answers are right or wrong, the last blocks stand in."""
     ask = dict(style="few-shot", shots=data["examples"], seed=settings.seed)
     learn = data["learn"].select(range(min(len(data["learn"]), 4 * settings.tune_steps)))
-    answers = label_answers(generate_answers(model, tokenizer, learn, out=out / "tuning" / "answers", **ask), "alias")
+    answers = label_answers(generate_answers(model, tokenizer, learn, out=out / "tuning" / "answers", **ask), rule="alias")
     n, (labelled, labels, enough) = len(blocks(model)), _told(answers)
     scores = (
         hallucination_profile(
@@ -384,7 +393,7 @@ def tuned_arms(model, tokenizer, data: dict, settings: Settings, out: Path) -> p
         tokenizer,
         {name: data["questions"]},
         data["held_out"],
-        data["sentences"],
+        sentences=data["sentences"],
         max_length=settings.max_length,
         **ask,
     )
@@ -394,8 +403,8 @@ def tuned_arms(model, tokenizer, data: dict, settings: Settings, out: Path) -> p
         own_wrong_answers(learn, answers),
         variants,
         measure,
-        [settings.seed],
-        out / "tuning" / "variants",
+        seeds=[settings.seed],
+        out=out / "tuning" / "variants",
         progress=True,
         steps=settings.tune_steps,
     )
@@ -419,13 +428,13 @@ def sparse_plans(model, tokenizer, data: dict, settings: Settings, out: Path) ->
             **dict(cut, max_length=min(64, settings.max_length)),
         ),
     )
-    path = greedy_plan(model, tried, projection_stats(model, text), p, p / 10, progress=True)
-    made = sparse_variants(model, text, p, path, weight_exponents(model), settings.seed)
+    path = greedy_plan(model, tried, projection_stats(model, text), sparsity=p, step=p / 10, progress=True)
+    made = sparse_variants(model, text, p, path, weight_exponents(model), seed=settings.seed)
     variants = {"base_model": None} | {
         name: make() for name, make in zip(("uniform", "TEAL greedy", "ActTail", "at random"), made.values())
     }
     items = measure_plans(
-        model, tokenizer, variants, data["held_out"], data["questions"], out / "sparse", settings.max_length, progress=True
+        model, tokenizer, variants, data["held_out"], data["questions"], out=out / "sparse", max_length=settings.max_length, progress=True
     )
     cost = paired_difference(
         items, "base_model", [name for name in variants if name != "base_model"], seed=settings.seed
@@ -447,14 +456,14 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     no_first = lambda: _stats(
         out / "stats-without-first.safetensors", model, batches(data["calibration"], tokenizer, skip_first=True, **cut)
     )
-    profile = stored_table(out / "profile.csv", lambda: layer_profile(stats()))
+    profile = cached_table(out / "profile.csv", lambda: layer_profile(stats()))
     for i, batch in enumerate(tqdm(calibration, desc="leave one out")):
-        stored_table(out / "losses" / f"batch-{i}.csv", lambda: removal_losses(model, [batch]), "text")
+        cached_table(out / "losses" / f"batch-{i}.csv", lambda: removal_losses(model, [batch]), index="text")
     losses = _losses([out / "losses" / f"batch-{i}.csv" for i in range(len(calibration))])
     methods = [m for m in FROM_STATS if m != "angular_distance"] + [*FROM_DOWNSTREAM, "taylor", "magnitude", "position"]
-    scores = stored_table(
+    scores = cached_table(
         out / "scores.csv",
-        lambda: layer_scores(model, calibration, methods, stats=stats()).assign(leave_one_out=loss_increase(losses)),
+        lambda: layer_scores(model, calibration, methods=methods, stats=stats()).assign(leave_one_out=loss_increase(losses)),
     )
     choices = _choices(scores, settings)
 
@@ -466,8 +475,8 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
             data["held_out"],
             data["questions"],
             data["sentences"],
-            out / "items",
-            settings.max_length,
+            out=out / "items",
+            max_length=settings.max_length,
             progress=True,
         )
         if not settings.heal_steps:
@@ -475,39 +484,39 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
         again = healed_items(model, tokenizer, data, choices["avss"], settings, out)[1]
         return pd.concat([found, pd.concat(dict(avss_healed=again), names=["choice"])])
 
-    removal = stored_table(
+    removal = cached_table(
         out / "removal.csv",
         lambda: retention_table(items(), chance_level(data["questions"]), seed=settings.seed),
-        "method",
+        index="method",
     )
-    sensitivity = stored_table(
-        out / "sensitivity.csv", lambda: measure_sensitivity(stats(), second(), no_first(), losses), "setting"
+    sensitivity = cached_table(
+        out / "sensitivity.csv", lambda: measure_sensitivity(stats(), second(), no_first(), losses), index="setting"
     )
     texts = cache(lambda: score_texts(model, calibration, losses=losses, progress=True))
-    certainty = stored_table(
+    certainty = cached_table(
         out / "certainty.csv",
         lambda: score_certainty(texts(), fraction=settings.fraction, seed=settings.seed),
-        ["method", "layer"],
+        index=["method", "layer"],
     )
-    converged = stored_table(
+    converged = cached_table(
         out / "converged.csv",
         lambda: converged_after(convergence(texts(), fraction=settings.fraction, seed=settings.seed)),
-        "method",
+        index="method",
     )
     wrong = cache(lambda: wrong_answers(model, tokenizer, data, settings.seed))
     of_answers = {
-        name: stored_table(out / f"{name}.csv", lambda: wrong()[name], index) for name, index in ANSWER_TABLES.items()
+        name: cached_table(out / f"{name}.csv", lambda: wrong()[name], index=index) for name, index in ANSWER_TABLES.items()
     }
     tune = settings.tune_steps and "right" in of_answers["answers"]  # else the questions do not fit the model's window
-    tuned = stored_table(
+    tuned = cached_table(
         out / "tuned.csv",
         lambda: tuned_arms(model, tokenizer, data, settings, out) if tune else _nothing(TUNED, "value"),
-        TUNED,
+        index=TUNED,
     )
-    sparse = stored_table(
+    sparse = cached_table(
         out / "sparse.csv",
         lambda: sparse_plans(model, tokenizer, data, settings, out) if settings.sparsity else _nothing(SPARSE, "value"),
-        SPARSE,
+        index=SPARSE,
     )
     study = Study(
         settings,
@@ -541,7 +550,7 @@ def load_study(out: str | Path) -> Study:
         stored("results.json")
     note = json.loads((out / "results.json").read_text())
     tables = {
-        name: stored_table(out / f"{name}.csv", lambda: stored(name), index)
+        name: cached_table(out / f"{name}.csv", lambda: stored(name), index=index)
         for name, index in dict(
             profile="layer",
             scores="layer",
@@ -720,7 +729,7 @@ Right answers: whole {t.value["questions", "base_model"]:.0%}, uniform {t.value[
 MARKERS = dict(avss="o", block_influence="s", avss_output="^", leave_one_out="D")
 
 
-def plot_profile(study: Study, axes=None) -> plt.Figure:
+def plot_profile(study: Study, *, axes=None) -> plt.Figure:
     "AVSS by reading point above, leave-one-out loss increase below it, and the layers that four scores remove."
     axes = plt.subplots(3, 1, figsize=(9, 7), sharex=True, height_ratios=[3, 2.4, 1.4])[1] if axes is None else axes
     for point in ("output", "update", "relative_update"):
@@ -749,7 +758,7 @@ def plot_profile(study: Study, axes=None) -> plt.Figure:
     return axes[0].figure
 
 # %% ../nbs/50_report.ipynb #c395da3d
-def plot_retention(study: Study, axes=None) -> plt.Figure:
+def plot_retention(study: Study, *, axes=None) -> plt.Figure:
     "What is retained after removal by each score, with 95 % intervals."
     table = study.removal.drop("base_model")
     axes = plt.subplots(1, 3, figsize=(11, 5), sharey=True)[1] if axes is None else axes
@@ -790,7 +799,7 @@ def plot_retention(study: Study, axes=None) -> plt.Figure:
     return axes[0].figure
 
 
-def plot_certainty(study: Study, ax=None) -> plt.Figure:
+def plot_certainty(study: Study, *, ax=None) -> plt.Figure:
     "How often each layer is among those that a score would remove, over bootstrap draws of the texts."
     ax = plt.subplots(figsize=(9, 2))[1] if ax is None else ax
     lowest = study.certainty.lowest.unstack("layer")
@@ -806,7 +815,7 @@ def plot_certainty(study: Study, ax=None) -> plt.Figure:
     return ax.figure
 
 
-def plot_sensitivity(study: Study, ax=None) -> plt.Figure:
+def plot_sensitivity(study: Study, *, ax=None) -> plt.Figure:
     "Agreement of AVSS with the truth under other settings."
     ax = plt.subplots(figsize=(7, 4))[1] if ax is None else ax
     t = study.sensitivity.iloc[::-1]
@@ -819,7 +828,7 @@ def plot_sensitivity(study: Study, ax=None) -> plt.Figure:
     return ax.figure
 
 # %% ../nbs/50_report.ipynb #2e77cfde
-def plot_hallucination_profile(study: Study, axes=None) -> plt.Figure | None:
+def plot_hallucination_profile(study: Study, *, axes=None) -> plt.Figure | None:
     "EAVSS of each layer, filled markers where q < .05; one panel a control. None where nothing was compared."
     controls = [c for c in ("all", "length") if c in study.hallucination.index]
     if not controls:
@@ -830,19 +839,19 @@ def plot_hallucination_profile(study: Study, axes=None) -> plt.Figure | None:
         else axes
     )
     for ax, control in zip(axes, controls):
-        plot_hallucination(study.hallucination.loc[control], ax)
+        plot_hallucination(study.hallucination.loc[control], ax=ax)
         ax.set(title=dict(all="all answers", length="answers of equal length")[control], ylabel="EAVSS (nats)")
     return axes[0].figure
 
 # %% ../nbs/50_report.ipynb #befa4062
-def plot_tuned(study: Study, axes=None) -> plt.Figure | None:
+def plot_tuned(study: Study, *, axes=None) -> plt.Figure | None:
     "What each variant of the contrastive training gains on the questions. None where nothing was trained."
     if not len(study.tuned):
         return None
-    return plot_variants(study.tuned, [(study.names["questions"], m) for m in ("mc1", "margin", "right")], axes)[0].figure
+    return plot_variants(study.tuned, [(study.names["questions"], m) for m in ("mc1", "margin", "right")], axes=axes)[0].figure
 
 # %% ../nbs/50_report.ipynb #3051a002
-def plot_sparse(study: Study, axes=None) -> plt.Figure | None:
+def plot_sparse(study: Study, *, axes=None) -> plt.Figure | None:
     "What each plan costs against the base model, with its interval. None where no inputs were left out."
     if not len(study.sparse):
         return None
@@ -952,6 +961,7 @@ def write_report(settings: Settings, out: Path) -> Path:
 # %% ../nbs/50_report.ipynb #2e3e2cbd
 def run_study(
     model: str = "smollm2-135m",  # short name, folder, GGUF file or hub id
+    *,
     out: str | Path = "results",  # a folder of its own for each study
     data: str | Path = None,  # folder of benchmark files; default: the embedded sets
     trust_remote_code: bool = False,
@@ -959,8 +969,8 @@ def run_study(
 ) -> Study:
     "Say on stderr what memory it takes, measure a model's layers and write the report; resumes in the same folder. Errors as in `measure`."
     settings, out = Settings(model=str(model), data=str(data) if data else None, **settings), Path(out)
-    print(memory_in_words(settings, trust_remote_code), file=sys.stderr, flush=True)
-    study = measure(settings, out, trust_remote_code)
+    print(memory_in_words(settings, trust_remote_code=trust_remote_code), file=sys.stderr, flush=True)
+    study = measure(settings, out, trust_remote_code=trust_remote_code)
     for old in (*out.glob("figure-*.*"), *out.glob("report.*")):
         old.unlink()
     write_report(settings, out)

@@ -24,7 +24,7 @@ from .importance import BY_RUNNING, FROM_DOWNSTREAM, FROM_STATS, layer_scores
 from .models import blocks, content_key, load_model
 from .pruning import chance_level, measure_removal, retention_table, select_layers
 from .report import Settings, add_settings, healed_items, study_data
-from .runs import claim_folder, stored_table
+from .runs import RunDirectory, cached_table
 from .surgery import prune_layers
 from .training import pack_texts
 
@@ -134,6 +134,7 @@ The licence is that of {base}. Made with avss_nb: `avss_prune`.
 # %% ../nbs/51_shipping.ipynb #2cbd8de6
 def prune_to_folder(
     model: str | Path = "smollm2-135m",  # short name, folder, GGUF file or hub id
+    *,
     out: str | Path = "pruned",  # must not exist yet
     score: str = "avss",  # of `layer_scores`, or a column of `scores`
     scores: str | Path = None,  # a CSV file with one row per layer, instead of measuring
@@ -162,17 +163,17 @@ def prune_to_folder(
         raise ValueError(f"{settings.model} is a {type(base_model).__name__}: a causal language model is needed")
     n_layers = len(blocks(base_model))
     given = _own_scores(scores, score, n_layers) if scores else None
-    select_layers(pd.Series(range(n_layers)), settings.fraction)  # errors now, not after the measurements
+    select_layers(pd.Series(range(n_layers)), fraction=settings.fraction)  # errors now, not after the measurements
     prune_layers(base_model, [n_layers - 1])
     if settings.heal_steps:
         pack_texts(data["train"], tokenizer, max_length=128, batch_size=4)
-    work = claim_folder(out.with_name(out.name + ".partial"), recipe | content_key(settings.model), "recipe.json")
-    calibration = batches(data["calibration"], tokenizer, settings.max_length, batch_size=4, overflow="truncate")
-    table = stored_table(
+    work = RunDirectory.open(out.with_name(out.name + ".partial"), recipe | content_key(settings.model), note="recipe.json").folder
+    calibration = batches(data["calibration"], tokenizer, max_length=settings.max_length, batch_size=4, overflow="truncate")
+    table = cached_table(
         work / "scores.csv",
-        lambda: layer_scores(base_model, calibration, [score], progress=True) if given is None else given,
+        lambda: layer_scores(base_model, calibration, methods=[score], progress=True) if given is None else given,
     )
-    layers = select_layers(table[score], settings.fraction)
+    layers = select_layers(table[score], fraction=settings.fraction)
     items = measure_removal(
         base_model,
         tokenizer,
@@ -180,8 +181,8 @@ def prune_to_folder(
         data["held_out"],
         data["questions"],
         data["sentences"],
-        work / "items",
-        settings.max_length,
+        out=work / "items",
+        max_length=settings.max_length,
         progress=True,
     )
     small, folder = prune_layers(base_model, layers), work / "model"
@@ -193,7 +194,7 @@ def prune_to_folder(
         small,
         tokenizer,
         folder,
-        next(iter(batches(data["calibration"][:1], tokenizer, settings.max_length, overflow="truncate"))),
+        next(iter(batches(data["calibration"][:1], tokenizer, max_length=settings.max_length, overflow="truncate"))),
     )
     table.to_csv(folder / "layer_scores.csv")
     left.to_csv(folder / "retention.csv")

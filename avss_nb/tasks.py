@@ -42,7 +42,7 @@ def _sciq_docs(file: Path, folder: Path) -> list[dict]:
             correct_answer=q["answers"][0],
             **{f"distractor{i}": wrong for i, wrong in enumerate(q["distractors"], 1)},
         )
-        for q in load_questions("sciq", folder, "test")
+        for q in load_questions("sciq", path=folder, split="test")
         if len(q["distractors"]) == 3
     ]
 
@@ -82,7 +82,7 @@ LOCAL_TASKS: dict[str, tuple[str, Callable]] = dict(  # task -> its file in the 
     triviaqa=("triviaqa/triviaqa.test.subsample1000.jsonl", _triviaqa_docs),
     sst2=(
         "sst2/dev.tsv",
-        lambda file, folder: [dict(sentence=r["text"], label=r["label"]) for r in load_sentences("sst2", folder)],
+        lambda file, folder: [dict(sentence=r["text"], label=r["label"]) for r in load_sentences("sst2", path=folder)],
     ),
     wikitext=("wikitext2/test.txt", _wikitext_docs),
 )
@@ -210,6 +210,7 @@ def task_items(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     tasks: str | list[str],  # of `LOCAL_TASKS` and `OWN_TASKS`
+    *,
     limit: int = None,  # the first so many items of each task; default all
     batch_size: int = 16,
     path: str | Path = None,  # the data folder instead of AVSS_NB_DATA; what it lacks is asked of the hub
@@ -252,6 +253,7 @@ _RATES = dict(
 
 def summarize_tasks(
     items: pd.DataFrame,  # from `task_items`
+    *,
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
@@ -280,8 +282,9 @@ def evaluate_tasks(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     tasks: str | list[str],
+    *,
     limit: int = None,  # items of each task; default all
     **options,  # of `task_items`
 ) -> pd.DataFrame:  # as `summarize_tasks`
     "What a model scores on lm-eval's tasks, with intervals; errors as in `task_items`."
-    return summarize_tasks(task_items(model, tokenizer, tasks, limit, **options))
+    return summarize_tasks(task_items(model, tokenizer, tasks, limit=limit, **options))

@@ -108,6 +108,7 @@ def train_adapter(
     config: LoraConfig,
     make: Callable,
     arguments: TrainingArguments,
+    *,
     on_step=None,
     progress: str = None,
     others: Iterable[nn.Module] = (),

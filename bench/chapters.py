@@ -48,7 +48,7 @@ def study_seconds() -> dict[str, float]:
     from avss_nb.report import run_study
 
     with tempfile.TemporaryDirectory() as folder, cProfile.Profile() as profile:
-        run_study("smollm2-135m", Path(folder) / "study", os.environ.get("AVSS_NB_DATA"))
+        run_study("smollm2-135m", out=Path(folder) / "study", data=os.environ.get("AVSS_NB_DATA"))
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     return {
         f"{Path(file).stem}.{name}": seconds

@@ -37,12 +37,12 @@ def whole_forward(model, data):
 
 def collect(model, data):
     "This package: two reading points, sums and histogram."
-    return variance(collect_stats(model, data), "output").tolist()
+    return variance(collect_stats(model, data), point="output").tolist()
 
 
 def collect_output(model, data):
     "This package, reading the blocks' outputs alone, as the others do."
-    return variance(collect_stats(model, data, points=("output",)), "output").tolist()
+    return variance(collect_stats(model, data, points=("output",)), point="output").tolist()
 
 
 def hidden_states(model, data):

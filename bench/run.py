@@ -31,7 +31,8 @@ from avss_nb.models import blocks
 from avss_nb.cost import decoding_cost
 from avss_nb.healing import healing_loss
 from avss_nb.surgery import prune_layers, skip_layers
-from avss_nb.sparsity import make_sparse, mean_sparsity, projection_stats, projections, uniform_plan
+from avss_nb.surgery import projections
+from avss_nb.sparsity import make_sparse, mean_sparsity, projection_stats, uniform_plan
 from table import page
 
 HERE = Path(__file__).resolve().parent
@@ -232,9 +233,9 @@ def sparse_decoding(model, data, shares: list[float], n_tokens: int, repeats: in
     def plan(share):
         return uniform_plan(model, share)
 
-    calibrated = {share: projection_stats(model, data, plan(share)) for share in shares}
-    models = {f"{share:g}": make_sparse(model, share, "threshold", stats) for share, stats in calibrated.items()}
-    models["masked"] = make_sparse(model, shares[0], "threshold", calibrated[shares[0]], sparse_gemv=False)
+    calibrated = {share: projection_stats(model, data, plan=plan(share)) for share in shares}
+    models = {f"{share:g}": make_sparse(model, share, rule="threshold", stats=stats) for share, stats in calibrated.items()}
+    models["masked"] = make_sparse(model, shares[0], rule="threshold", stats=calibrated[shares[0]], sparse_gemv=False)
     cost, of_maps = (
         decoding_cost(dict(dense=model) | models, n_tokens=n_tokens, repeats=repeats),
         sum(m.weight.numel() for block in blocks(model) for m in projections(block).values()),
@@ -317,7 +318,7 @@ def healing_step(model, data, rounds: int) -> dict:
 
     with torch.enable_grad():
         runs = dict(
-            ours=lambda: healing_loss(small, ids, model).backward(),
+            ours=lambda: healing_loss(small, ids, teacher=model).backward(),
             torch=lambda: torchs(small, ids, model).backward(),
             plain=plain,
         )
@@ -362,7 +363,7 @@ def reading_answers(model, tokenizer, n: int, rounds: int) -> dict:
         id=list(range(n)), prompt_tokens=[ids[:40] for ids in texts], answer_tokens=[ids[40:] for ids in texts]
     )
     runs = dict(
-        forward=lambda: [run_blocks(model, batch) for batch in batch_rows(list(enumerate(texts)), tokenizer, 16)],
+        forward=lambda: [run_blocks(model, batch) for batch in batch_rows(list(enumerate(texts)), tokenizer, batch_size=16)],
         collect=lambda: answer_stats(model, tokenizer, answers),
     )
     measure.interleaved(runs, 1)
@@ -378,7 +379,7 @@ def profiles(n: int, times: int, repeats: int) -> dict:
     stats, labels = AnswerStats(sums, [8] * n), np.arange(n) % 2 == 0
     runs = {
         within: lambda within=within: [
-            hallucination_profile(stats, labels, np.arange(n) // 4, times, times, point=p, within=within)
+            hallucination_profile(stats, labels, groups=np.arange(n) // 4, n_permutations=times, n_resamples=times, point=p, within=within)
             for p in stats.points
         ]
         for within in (None, "question")

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import avss_nb.data
-import avss_nb.study
+import avss_nb.report
 from avss_nb.data import batches, load_questions, load_sentences, load_text
 from avss_nb.importance import block_influence, leave_one_out, removal_losses
 from avss_nb.metrics import LayerStats, avss, collect_stats, navss, sparsity
@@ -88,7 +88,7 @@ def tiny_gguf(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def model_folder(tiny_gguf, tmp_path_factory) -> Path:
     "The same model as a folder."
-    return convert_gguf(tiny_gguf, tmp_path_factory.mktemp("cache"))
+    return convert_gguf(tiny_gguf, cache=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_a_model_with_no_blocks(model):
 @pytest.mark.parametrize("fraction", [0, 1, -0.25, 1.5, 25, float("nan"), float("inf")])
 def test_fraction_outside(fraction):
     with pytest.raises(ValueError) as error:
-        select_layers(pd.Series([1.0, 2, 3, 4]), fraction)
+        select_layers(pd.Series([1.0, 2, 3, 4]), fraction=fraction)
     one_line(error, "fraction", str(fraction))
 
 
@@ -247,7 +247,7 @@ def test_fraction_outside(fraction):
 @pytest.mark.parametrize("rule", ["count", "mass", "published_code"])
 def test_a_score_that_cannot_be_ranked(rule, bad):
     with pytest.raises(ValueError) as error:
-        select_layers(pd.Series([1.0, 2, bad, 3, 4]), 0.5, rule)
+        select_layers(pd.Series([1.0, 2, bad, 3, 4]), fraction=0.5, rule=rule)
     one_line(error, "layer", "2")
 
 
@@ -261,7 +261,7 @@ def test_wrong_layers(layers):
 @pytest.mark.parametrize("layers", [[5], [-1], [1, 1]], ids=str)
 def test_wrong_layers_to_leave_out(layers):
     with pytest.raises(ValueError) as error:
-        removal_losses(tiny("llama"), [batch_of(4)], layers)
+        removal_losses(tiny("llama"), [batch_of(4)], layers=layers)
     one_line(error, "layer")
 
 
@@ -423,7 +423,7 @@ def test_damaged_statistics(stats, tmp_path):
 
 def test_conversion_on_a_full_disk(tiny_gguf, tmp_path):
     with small_files(), pytest.raises(OSError) as error:
-        convert_gguf(tiny_gguf, tmp_path / "cache")
+        convert_gguf(tiny_gguf, cache=tmp_path / "cache")
     one_line(error, str(tmp_path / "cache"))
     assert files(tmp_path) == ["cache"]
 
@@ -542,7 +542,7 @@ def command_fails(capsys, *arguments, naming: tuple = ()) -> str:
 def no_work(monkeypatch):
     "Whatever measures fails the test: errors come before long work."
     for name in ("read_layers", "removal_losses", "measure_removal", "layer_scores"):
-        monkeypatch.setattr(avss_nb.study, name, lambda *args, **options: pytest.fail("long work was begun"))
+        monkeypatch.setattr(avss_nb.report, name, lambda *args, **options: pytest.fail("long work was begun"))
 
 
 def test_command_with_an_unknown_model(capsys, no_work, tmp_path):
@@ -683,7 +683,7 @@ def test_command_with_a_broken_model(capsys, model_folder, tmp_path):
 def test_command_as_a_process(tmp_path):
     "The status reaches the shell."
     process = start(
-        "import os, sys; from avss_nb.study import main; sys.exit(main(['nonesuch', '--out', os.environ['OUT']]))",
+        "import os, sys; from avss_nb.report import main; sys.exit(main(['nonesuch', '--out', os.environ['OUT']]))",
         OUT=tmp_path / "out",
     )
     out, err = process.communicate()
@@ -698,5 +698,5 @@ def test_command_as_a_process(tmp_path):
 
 def test_run_study_from_python(model_folder, tmp_path):
     with pytest.raises(ValueError) as error:
-        run_study(model_folder, tmp_path / "out", fraction=2)
+        run_study(model_folder, out=tmp_path / "out", fraction=2)
     one_line(error, "fraction", "2")

@@ -39,7 +39,7 @@ def widened(batch: dict, width: int, side: str) -> dict:
 def test_padding_distorts_importance(family, side):
     "Unpadded, and padded to ten times the length."
     model, batch = tiny(family), batch_of(6, 6)
-    wanted, found = (layer_scores(model, [b], METHODS) for b in (batch, widened(batch, 60, side)))
+    wanted, found = (layer_scores(model, [b], methods=METHODS) for b in (batch, widened(batch, 60, side)))
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -60,7 +60,7 @@ def test_batching_changes_scores(family):
         {k: v[i : i + 1, :n] if v.ndim == 2 else v[i : i + 1] for k, v in both.items()} for i, n in ((0, 7), (1, 4))
     ]
     methods = METHODS + ["leave_one_out"] * (family != "bert")
-    together, apart = layer_scores(model, [both], methods), layer_scores(model, one_by_one, methods)
+    together, apart = layer_scores(model, [both], methods=methods), layer_scores(model, one_by_one, methods=methods)
     np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-5)
     for method in methods:
         assert select_layers(together[method]) == select_layers(apart[method])
@@ -69,7 +69,7 @@ def test_batching_changes_scores(family):
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize(
     "measure",
-    [block_influence, leave_one_out, collect_stats, lambda m, b: layer_scores(m, b, METHODS)],
+    [block_influence, leave_one_out, collect_stats, lambda m, b: layer_scores(m, b, methods=METHODS)],
     ids=["block_influence", "leave_one_out", "collect_stats", "layer_scores"],
 )
 def test_nan_ranked_as_unimportant(measure, value):
@@ -114,7 +114,7 @@ def test_a_padding_position_that_is_not_finite_is_not_counted():
     assert not torch.isfinite(got[0][1, 2:]).all()
     stats = collect_stats(model, [batch], reduce=("elements", "samples", "neurons"))
     assert all(
-        np.isfinite(variance(stats, "relative_update", reduce)).all() for reduce in ("elements", "samples", "neurons")
+        np.isfinite(variance(stats, point="relative_update", reduce=reduce)).all() for reduce in ("elements", "samples", "neurons")
     )
 
 
@@ -135,7 +135,7 @@ def test_last_hidden_state_is_post_norm(family, norm):
     before = collect_stats(model, [batch])
     model.base_model.get_submodule(norm).weight.data.mul_(100)
     after = collect_stats(model, [batch])
-    assert variance(before, "output").equals(variance(after, "output")) and sparsity(before).equals(sparsity(after))
+    assert variance(before, point="output").equals(variance(after, point="output")) and sparsity(before).equals(sparsity(after))
 
 
 @pytest.mark.parametrize(
@@ -152,10 +152,10 @@ def test_mixture_of_experts(family, options):
     "Scores, skipping and reading points work; the router's shapes stay."
     model, batch = tiny(family, num_key_value_heads=2, num_experts_per_tok=2, **options), batch_of(7, 4)
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    scores = layer_scores(model, [batch], METHODS + ["leave_one_out"])
+    scores = layer_scores(model, [batch], methods=METHODS + ["leave_one_out"])
     assert (
         np.isfinite(scores).all(axis=None)
-        and variance(collect_stats(model, [batch], points=["attention", "mlp"]), "mlp").gt(0).all()
+        and variance(collect_stats(model, [batch], points=["attention", "mlp"]), point="mlp").gt(0).all()
     )
     with torch.no_grad(), skip_layers(model, [1, 3]):
         assert torch.isfinite(model(**model_inputs(model, batch)).logits).all()
@@ -209,7 +209,7 @@ def test_removed_with_hooks_on(family):
     for run in (
         lambda: collect_stats(model, [batch], points=POINTS),
         lambda: block_influence(model, [batch]),
-        lambda: layer_scores(model, [batch], ["leave_one_out" if family != "bert" else "avss"]),
+        lambda: layer_scores(model, [batch], methods=["leave_one_out" if family != "bert" else "avss"]),
     ):
         with pytest.raises(RuntimeError, match="inside"), skip_layers(model, [1]):
             run()

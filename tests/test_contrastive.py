@@ -78,8 +78,8 @@ def test_info_nce_is_the_cross_entropy_of_the_cosines(seed):
         cosines = torch.stack([F.cosine_similarity(a[i], x, dim=0) for x in (p[i], *others)])
         wanted.append(F.cross_entropy(cosines[None] / 0.3, torch.tensor([0])))
         apart += (0.4 + cosines[1:] - cosines[0]).clamp_min(0).tolist()
-    torch.testing.assert_close(info_nce(a, p, n, 0.3, keep, groups, in_batch=True), torch.stack(wanted).mean())
-    assert np.isclose(triplet_loss(a, p, n, 0.4, keep, groups, in_batch=True), np.mean(apart), rtol=1e-5)
+    torch.testing.assert_close(info_nce(a, p, negatives=n, temperature=0.3, keep=keep, groups=groups, in_batch=True), torch.stack(wanted).mean())
+    assert np.isclose(triplet_loss(a, p, negatives=n, margin=0.4, keep=keep, groups=groups, in_batch=True), np.mean(apart), rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", [info_nce, triplet_loss], ids=lambda f: f.__name__)
@@ -97,7 +97,7 @@ def test_a_step_down_brings_the_answer_near_and_the_negative_away(loss):
 def test_half_precision_states_and_masked_negatives_have_finite_gradients():
     a, p, n = (torch.randn(3, *shape).bfloat16().requires_grad_() for shape in ((4,), (4,), (2, 4)))
     keep = torch.tensor([[True, True], [True, False], [False, False]])
-    (info_nce(a, p, n, keep=keep) + triplet_loss(a, p, n, 2.0, keep)).backward()
+    (info_nce(a, p, negatives=n, keep=keep) + triplet_loss(a, p, negatives=n, margin=2.0, keep=keep)).backward()
     assert (
         all(torch.isfinite(x.grad).all() for x in (a, p, n))
         and not n.grad[2].any()
@@ -121,7 +121,7 @@ def test_likelihood_contrast_is_a_softmax():
     logprobs = torch.tensor([[-3.0, -1, -2], [-700.0, -701, -650]], dtype=torch.float64)
     keep = torch.tensor([[True, True], [True, False]])
     wanted = -np.mean([logprobs[0].softmax(0)[0].log().item(), logprobs[1, :2].softmax(0)[0].log().item()])
-    assert np.isclose(likelihood_contrast(logprobs, keep), wanted, rtol=1e-4)  # float32 of −701
+    assert np.isclose(likelihood_contrast(logprobs, keep=keep), wanted, rtol=1e-4)  # float32 of −701
 
 
 # ---- rows
@@ -193,8 +193,8 @@ def test_losses_do_not_depend_on_the_other_questions_of_the_batch(objective):
     model, rows = tiny("llama"), rows_of()
     one = lambda i: [r for r in rows if r["question"] == i]
     with torch.no_grad():
-        together = contrast_losses(model, _aligned(one(1) + one(5), 1), [1, 3], objective)
-        apart = [contrast_losses(model, _aligned(one(i), 1), [1, 3], objective) for i in (1, 5)]
+        together = contrast_losses(model, _aligned(one(1) + one(5), 1), [1, 3], objective=objective)
+        apart = [contrast_losses(model, _aligned(one(i), 1), [1, 3], objective=objective) for i in (1, 5)]
     if objective == "triplet":  # a mean over pairs
         n = [len(one(i)) - 1 for i in (1, 5)]
         wanted = sum(k * t["contrast"] for k, t in zip(n, apart)) / sum(n)
@@ -476,7 +476,7 @@ def test_arms_are_drawn_from_the_top():
         [*zip(ax.lines[1].get_ydata(orig=True), ax.lines[1].get_xdata())][::-1] for ax in plot_variants(table, *given)
     ]
     assert shown([("x", "mc1"), ("x", "margin")]) == [[("late", 0), ("early", 0.2)], [("late", 0.3), ("early", 0.4)]]
-    (ax,) = plot_variants(table, {("x", "margin"): "lead"}, None, ["base_model", "early"])
+    (ax,) = plot_variants(table, {("x", "margin"): "lead"}, axes=None, order=["base_model", "early"])
     assert shown({("x", "margin"): "lead"}, None, ["base_model", "early"]) == [[("base_model", 0), ("early", 0.4)]] and (
         ax.get_title(),
         ax.get_xlabel(),

@@ -13,9 +13,11 @@ import pytest
 from datasets import Dataset
 
 import avss_nb.data
-from avss_nb.benchmarks import count_questions, distractor_kinds, question_key, usual_name
+from avss_nb.benchmarks import count_questions, usual_name
+from avss_nb.data import distractor_kinds
+from avss_nb.data import question_key
 from avss_nb.data import QUESTION, QUESTIONS, SENTENCE, load_questions, load_sentences, load_text, read_rows
-from avss_nb.importance import split_half
+from avss_nb.data import split_half
 from conftest import NBS
 
 REPOS = dict(
@@ -1044,14 +1046,14 @@ def test_halves_by_question():
         dict(question=[f"Question {i // 3}" + "?!"[: i % 3] for i in range(600)], n=list(range(600)))
     )
     for seed in (0, 1):
-        first, second = split_half(table, seed)
+        first, second = split_half(table, seed=seed)
         assert (
             sorted(first["n"][:] + second["n"][:]) == list(range(600))
             and first["n"][:] == sorted(first["n"])
             and 200 < len(first) < 400
         )
         assert not {question_key(q) for q in first["question"]} & {question_key(q) for q in second["question"]}
-    assert split_half(table, 0)[0]["n"][:] != split_half(table, 1)[0]["n"][:]
+    assert split_half(table, seed=0)[0]["n"][:] != split_half(table, seed=1)[0]["n"][:]
 
 
 @files

@@ -372,7 +372,7 @@ def test_the_promise_is_kept(kind, confidence, grid):
         if kind == "ties":
             s = np.ceil(s * 10) / 10 - 1e-9
         wrong = rng.random(120) < (RISKS[kind](s) if kind != "ties" else s)
-        rule = abstain(s, wrong, risk, confidence, grid)
+        rule = abstain(s, wrong, risk, confidence=confidence, grid=grid)
         all_s = FINE if kind != "ties" else np.arange(1, 11) / 10 - 1e-9
         below = all_s < rule.threshold
         violation_rate += below.any() and RISKS[kind](all_s[below]).mean() > risk
@@ -404,7 +404,7 @@ def test_a_good_score_is_used():
 def test_bound_is_the_binomial_test():
     rng = np.random.default_rng(1)
     s = rng.random(200)
-    rule = abstain(s, rng.random(200) < s / 2, 0.3, 0.9)
+    rule = abstain(s, rng.random(200) < s / 2, 0.3, confidence=0.9)
     assert sps.binomtest(rule.wrong, rule.answered, 0.3, alternative="less").pvalue <= 0.1
     assert rule.bound == pytest.approx(
         sps.binomtest(rule.wrong, rule.answered, alternative="less").proportion_ci(0.9).high

@@ -70,8 +70,8 @@ def test_semantic_entropy_by_hand():
     assert semantic_entropy(list("abcd")) == pytest.approx(np.log(4))
     assert semantic_entropy(list("aabb")) == pytest.approx(np.log(2))
     assert semantic_entropy(list("aaab")) == pytest.approx(0.5623, abs=5e-5)
-    assert semantic_entropy(list("ab"), [np.log(0.6), np.log(0.2)]) == pytest.approx(0.5623, abs=5e-5)
-    assert semantic_entropy(list("ab"), [-1000, -1000]) == pytest.approx(np.log(2))  # no underflow
+    assert semantic_entropy(list("ab"), logprobs=[np.log(0.6), np.log(0.2)]) == pytest.approx(0.5623, abs=5e-5)
+    assert semantic_entropy(list("ab"), logprobs=[-1000, -1000]) == pytest.approx(np.log(2))  # no underflow
     assert semantic_entropy(["", None, ""]) == pytest.approx(
         semantic_entropy(list("aba"))
     )  # anything hashable is a cluster
@@ -117,7 +117,7 @@ def test_prr_is_the_mean_over_all_orders_of_ties(rows):
 
 def test_a_constant_detector_knows_nothing():
     wrong, groups = made()
-    table = evaluate_detectors(pd.DataFrame(dict(same=np.ones(80))), wrong, groups, n_resamples=50)
+    table = evaluate_detectors(pd.DataFrame(dict(same=np.ones(80))), wrong, groups=groups, n_resamples=50)
     assert table.auroc.same == 0.5 and table.auroc_low.same == table.auroc_high.same == 0.5
     np.testing.assert_allclose(table[["prr", "prr_low", "prr_high"]], 0, atol=1e-12)
     assert table.auprc.same == pytest.approx(wrong.mean())
@@ -327,11 +327,11 @@ def test_no_question_is_on_both_sides(n_folds, seed):
 def detectors_of(states, wrong, groups):
     "Every kind of fitted detector."
     return dict(
-        probe=probe_detector(states, wrong, groups),
-        one=probe_detector(states, wrong, groups, layer=1),
+        probe=probe_detector(states, wrong, groups=groups),
+        one=probe_detector(states, wrong, groups=groups, layer=1),
         mahalanobis=mahalanobis_detector(states, wrong, layer=1),
         eavss=eavss_detector(states[..., 0], wrong, k=2),
-        ranked=eavss_detector(states[..., 0], wrong, k=1, ranking=probe_ranking(states, wrong, groups)),
+        ranked=eavss_detector(states[..., 0], wrong, k=1, ranking=probe_ranking(states, wrong, groups=groups)),
     )
 
 
@@ -369,19 +369,19 @@ def test_probes_find_nothing_in_noise_and_the_planted_layer():
     found = []
     for draw in range(20):
         wrong, groups = made(60, draw)
-        found.append(auroc(probe_scores(noise(60, 1, 30, seed=draw), wrong, groups)[0], wrong))
+        found.append(auroc(probe_scores(noise(60, 1, 30, seed=draw), wrong, groups=groups)[0], wrong))
     assert abs(np.mean(found) - 0.5) < 0.06
     wrong, groups = made(100)
     states = noise(100, 5, 8)
     states[:, 3, 0] += 3 * wrong
-    by_layer = probe_scores(states, wrong, groups).apply(lambda column: auroc(column, wrong))
+    by_layer = probe_scores(states, wrong, groups=groups).apply(lambda column: auroc(column, wrong))
     assert by_layer.idxmax() == 3 and by_layer[3] > 0.9 and by_layer.index.tolist() == list(range(5))
-    assert probe_scores(states, wrong, groups, layers=[3, 1]).columns.tolist() == [3, 1]
+    assert probe_scores(states, wrong, groups=groups, layers=[3, 1]).columns.tolist() == [3, 1]
     table = evaluate_detectors(
         pd.DataFrame(dict(length=noise(100))),
         wrong,
-        groups,
-        detectors_of(states, wrong, groups),
+        groups=groups,
+        fitted=detectors_of(states, wrong, groups),
         seeds=range(3),
         n_resamples=50,
     )
@@ -392,8 +392,8 @@ def test_an_answers_own_question_is_out_of_its_fold():
     "Answers to one question share a state: a probe that saw the question would know its label."
     wrong = np.repeat(np.random.default_rng(0).random(40) < 0.5, 3)
     states = np.repeat(noise(40, 1, 60), 3, axis=0)
-    by_question = auroc(probe_scores(states, wrong, np.repeat(np.arange(40), 3), C=1.0)[0], wrong)
-    by_answer = auroc(probe_scores(states, wrong, None, C=1.0)[0], wrong)
+    by_question = auroc(probe_scores(states, wrong, groups=np.repeat(np.arange(40), 3), C=1.0)[0], wrong)
+    by_answer = auroc(probe_scores(states, wrong, groups=None, C=1.0)[0], wrong)
     assert by_question < 0.7 and by_answer > 0.9
 
 
@@ -412,7 +412,7 @@ def test_direction_is_chosen_on_train():
 def test_length_comes_first_and_unfitted_detectors_are_tested_on_all():
     wrong, groups = made(80)
     scores = pd.DataFrame(dict(other=noise(80) + wrong, length=noise(80, seed=1) + 0.5 * wrong))
-    table = evaluate_detectors(scores, wrong, groups, seeds=range(4), n_resamples=200)
+    table = evaluate_detectors(scores, wrong, groups=groups, seeds=range(4), n_resamples=200)
     assert table.index.tolist() == ["length", "other"]
     for name in scores:
         assert table.auroc[name] == pytest.approx(roc_auc_score(wrong, scores[name])) and table.auprc[
@@ -422,15 +422,15 @@ def test_length_comes_first_and_unfitted_detectors_are_tested_on_all():
             table.auroc_low[name] < table.auroc[name] < table.auroc_high[name]
             and table.auroc_seed_low[name] < table.auroc_seed_high[name]
         )
-    pd.testing.assert_frame_equal(table, evaluate_detectors(scores, wrong, groups, seeds=range(4), n_resamples=200))
-    assert not table.equals(evaluate_detectors(scores, wrong, groups, seeds=range(4), n_resamples=200, seed=1))
+    pd.testing.assert_frame_equal(table, evaluate_detectors(scores, wrong, groups=groups, seeds=range(4), n_resamples=200))
+    assert not table.equals(evaluate_detectors(scores, wrong, groups=groups, seeds=range(4), n_resamples=200, seed=1))
 
 
 def test_with_a_fitted_detector_all_are_tested_on_the_same_halves():
     wrong, groups = made(80)
     scores, codes = pd.DataFrame(dict(length=noise(80) + wrong)), pd.factorize(np.array(groups))[0]
     same = lambda train, test: scores.length.to_numpy()[test]
-    table = evaluate_detectors(scores, wrong, groups, dict(same=same), seeds=range(3), n_resamples=50)
+    table = evaluate_detectors(scores, wrong, groups=groups, fitted=dict(same=same), seeds=range(3), n_resamples=50)
     np.testing.assert_array_equal(table.loc["length"], table.loc["same"])
     halves = [_split(wrong, np.arange(80), codes, 2, s)[0][1] for s in range(3)]
     each = [roc_auc_score(wrong[test], scores.length[test]) for test in halves]
@@ -451,7 +451,7 @@ def test_answers_of_one_question_are_drawn_together():
     wrong = np.repeat(np.arange(40) % 5 < 2, 4)
     scores = pd.DataFrame(dict(length=np.repeat(noise(40), 4) + wrong))
     width = lambda groups: np.subtract(
-        *evaluate_detectors(scores, wrong, groups).loc["length", ["auroc_high", "auroc_low"]]
+        *evaluate_detectors(scores, wrong, groups=groups).loc["length", ["auroc_high", "auroc_low"]]
     )
     assert width(np.repeat(np.arange(40), 4)) > 1.5 * width(None)
 
@@ -497,17 +497,17 @@ def test_bad_input_is_named():
     scores = pd.DataFrame(dict(length=noise(20), odd=noise(20)))
     scores.loc[13, "odd"] = np.nan
     with pytest.raises(FloatingPointError, match="'odd' gives answer 13 the score nan"):
-        evaluate_detectors(scores, wrong, groups)
+        evaluate_detectors(scores, wrong, groups=groups)
     with pytest.raises(FloatingPointError, match="'mine' gives answer"):
-        evaluate_detectors(scores[["length"]], wrong, groups, dict(mine=lambda train, test: np.full(len(test), np.inf)))
+        evaluate_detectors(scores[["length"]], wrong, groups=groups, fitted=dict(mine=lambda train, test: np.full(len(test), np.inf)))
     with pytest.raises(ValueError, match="'length' is a column of scores and a fitted"):
-        evaluate_detectors(scores[["length"]], wrong, groups, dict(length=lambda train, test: test))
+        evaluate_detectors(scores[["length"]], wrong, groups=groups, fitted=dict(length=lambda train, test: test))
     with pytest.raises(ValueError, match="20 answers, and 19 labels"):
         evaluate_detectors(scores, wrong[:19])
     with pytest.raises(ValueError, match="20 answers, and 3 groups"):
-        evaluate_detectors(scores[["length"]], wrong, groups[:3])
+        evaluate_detectors(scores[["length"]], wrong, groups=groups[:3])
     with pytest.raises(ValueError, match="answer 4 has no question"):
-        evaluate_detectors(scores[["length"]], wrong, [*groups[:4], None, *groups[5:]])
+        evaluate_detectors(scores[["length"]], wrong, groups=[*groups[:4], None, *groups[5:]])
     with pytest.raises(ValueError, match="label of answer 1 is 'hallucinated'"):
         evaluate_detectors(scores, ["right", "hallucinated"] * 10)
     with pytest.raises(ValueError, match="label of answer 0 is 1"):
@@ -540,7 +540,7 @@ def planted(n=200, n_layers=8, layer=2, seed=0):
 
 def test_a_layer_that_means_something_is_found_and_adds():
     wrong, features, length = planted()
-    table = ranking_value(features, wrong, None, None, 1, (length, noise(200)), seeds=range(5))
+    table = ranking_value(features, wrong, groups=None, ranking=None, k=1, baseline=(length, noise(200)), seeds=range(5))
     assert table.index.tolist() == ["baseline", "eavss, top 1", "eavss, bottom 1", "last 1", "random 1"]
     top = table.loc["eavss, top 1"]
     assert (
@@ -585,10 +585,10 @@ def test_rivals_and_the_rows_that_a_ranking_may_see():
     table = ranking_value(
         features,
         labels,
-        np.arange(80) // 2,
-        dict(mine=watch, first=lambda rows: -np.arange(8.0)),
-        2,
-        pd.DataFrame(dict(length=length)),
+        groups=np.arange(80) // 2,
+        ranking=dict(mine=watch, first=lambda rows: -np.arange(8.0)),
+        k=2,
+        baseline=pd.DataFrame(dict(length=length)),
         seeds=range(3),
         n_random=2,
         n_resamples=20,
@@ -614,14 +614,14 @@ def test_one_set_out_ranks_on_the_others_alone():
         seen.append(set(rows.tolist()))
         return eavss_ranking(features, wrong)(rows)
 
-    table = ranking_value(features, wrong, groups, watch, 1, [length], sets=sets)
+    table = ranking_value(features, wrong, groups=groups, ranking=watch, k=1, baseline=[length], sets=sets)
     assert seen == [set(range(50, 150)) - {60}, set(range(150)) - set(range(50, 100)) - {0}, set(range(100))]
     np.testing.assert_allclose(table[["a", "b", "c"]].mean(axis=1), table.adds.astype(float), atol=1e-12)
     few = wrong & ((sets != "b") | (np.arange(150) < 55))
     with pytest.raises(ValueError, match="set 'b': 5 parts need 5 questions of each class: there are"):
-        ranking_value(features, few, groups, k=1, baseline=[length], sets=sets)
+        ranking_value(features, few, groups=groups, k=1, baseline=[length], sets=sets)
     with pytest.raises(ValueError, match="set 'b': 0 hallucinated and 50 faithful"):
-        ranking_value(features, wrong & (sets != "b"), groups, k=1, baseline=[length], sets=sets)
+        ranking_value(features, wrong & (sets != "b"), groups=groups, k=1, baseline=[length], sets=sets)
 
 
 def test_bad_input_of_ranking_value():

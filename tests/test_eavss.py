@@ -82,7 +82,7 @@ def same(a: AnswerStats, b: AnswerStats, rtol: float = 1e-4):
 def test_equal_to_a_double_loop(family):
     "Each answer alone, unpadded; every element of every answer token looked at by itself."
     model, answers, points = tiny(family), answers_of(), ("output", "relative_update")
-    stats, first = answer_stats(model, pads("right"), answers, points, tokens=("answer", "first"), batch_size=3)
+    stats, first = answer_stats(model, pads("right"), answers, points=points, tokens=("answer", "first"), batch_size=3)
     for i, row in enumerate(answers):
         seen, ids = {}, torch.tensor([row["prompt_tokens"] + row["answer_tokens"]])
         with (
@@ -102,7 +102,7 @@ def test_equal_to_a_double_loop(family):
                     found.get(point, "sum")[i, layer], total, rtol=1e-4, atol=1e-3 * squares**0.5
                 )
                 np.testing.assert_allclose(
-                    answer_variance(found, point).loc[i, layer], tokens.var(unbiased=False), rtol=1e-4
+                    answer_variance(found, point=point).loc[i, layer], tokens.var(unbiased=False), rtol=1e-4
                 )
                 counted = torch.bincount(coarse_bins(tokens.float()).flatten(), minlength=N_COARSE).numpy()
                 assert abs(found.get(point, "hist")[i, layer] - counted).sum() <= 2 + 0.02 * n
@@ -151,12 +151,12 @@ def test_answer_tokens_alone():
 
     answers, model = answers_of(), Table()
     other = answers.map(lambda row: dict(prompt_tokens=[98] * (1 + len(row["prompt_tokens"]) % 4)))
-    a, b = (answer_stats(model, pads(), x, ["output"]) for x in (answers, other))
+    a, b = (answer_stats(model, pads(), x, points=["output"]) for x in (answers, other))
     for name, t in a.sums.items():
         assert torch.equal(t, b.sums[name]), name
     expected = [model.embed(torch.tensor(row["answer_tokens"])).double().square().sum().item() for row in answers]
     np.testing.assert_allclose(a.get("output", "sumsq")[:, 1], expected, rtol=1e-12)
-    first = answer_stats(model, pads(), answers, ["output"], tokens="first")
+    first = answer_stats(model, pads(), answers, points=["output"], tokens="first")
     np.testing.assert_allclose(
         first.get("output", "sumsq")[:, 0],
         [model.embed(torch.tensor(row["answer_tokens"][0])).double().square().sum().item() for row in answers],
@@ -166,11 +166,11 @@ def test_answer_tokens_alone():
 
 
 def test_every_point_and_a_family_that_no_library_knows():
-    stats = answer_stats(tiny("llama"), pads(), answers_of(), POINTS)
+    stats = answer_stats(tiny("llama"), pads(), answers_of(), points=POINTS)
     assert stats.points == list(POINTS) and stats.get("mlp_hidden", "count")[:, 0].tolist() == [
         64 * n for _, n in LENGTHS
     ]
-    stats = answer_stats(TupleModel(), pads("right"), answers_of(), ("output", "relative_update"))
+    stats = answer_stats(TupleModel(), pads("right"), answers_of(), points=("output", "relative_update"))
     assert (len(stats), stats.n_layers) == (7, 4)
 
 
@@ -193,7 +193,7 @@ def test_half_precision():
     whole, half = (
         answer_stats(tiny("llama").to(dtype), pads(), answers_of()) for dtype in (torch.float32, torch.bfloat16)
     )
-    np.testing.assert_allclose(answer_variance(half, "output"), answer_variance(whole, "output"), rtol=0.1)
+    np.testing.assert_allclose(answer_variance(half, point="output"), answer_variance(whole, point="output"), rtol=0.1)
     assert half.get("output", "sumsq").dtype == np.float64
 
 
@@ -213,12 +213,12 @@ def test_equal_to_layer_statistics_over_the_same_tokens():
     direct, pooled = collect_stats(model, counted()), answer_stats(model, pads(), answers, batch_size=1).pooled()
     assert isinstance(pooled, LayerStats)
     for point in direct.points:
-        np.testing.assert_allclose(variance(pooled, point), variance(direct, point), rtol=1e-9)
+        np.testing.assert_allclose(variance(pooled, point=point), variance(direct, point=point), rtol=1e-9)
         for eps in (1e-5, 0.25, 0.5, 1.0):  # the published one, and edges of bins
-            np.testing.assert_allclose(sparsity(pooled, point, eps=eps), sparsity(direct, point, eps=eps), rtol=1e-9)
+            np.testing.assert_allclose(sparsity(pooled, point=point, eps=eps), sparsity(direct, point=point, eps=eps), rtol=1e-9)
             if eps > 1e-5:
-                np.testing.assert_allclose(avss(pooled, point, eps=eps), avss(direct, point, eps=eps), rtol=1e-9)
-        assert abs(sparsity(pooled, point, tau=0.3) - sparsity(direct, point, tau=0.3)).max() < 0.01
+                np.testing.assert_allclose(avss(pooled, point=point, eps=eps), avss(direct, point=point, eps=eps), rtol=1e-9)
+        assert abs(sparsity(pooled, point=point, tau=0.3) - sparsity(direct, point=point, tau=0.3)).max() < 0.01
 
 
 def test_join_select_save_load(tmp_path):
@@ -247,7 +247,7 @@ def test_join_select_save_load(tmp_path):
         )
     for wrong in (
         answer_stats(model, pads(), answers, tokens="first"),
-        answer_stats(model, pads(), answers, ["output"]),
+        answer_stats(model, pads(), answers, points=["output"]),
     ):
         with pytest.raises(ValueError, match="cannot be joined"):
             whole + wrong
@@ -406,7 +406,7 @@ def test_edges_of_the_formula():
         nowhere, labels, **options
     )[0] == -2 * np.log(2)
     zero = stats_of([0.0, 0.0], [0.0, 0.0])
-    assert eavss(zero, labels, point="output")[0] == 0 and hss(zero, labels, "conditional", "output")[0] == 1
+    assert eavss(zero, labels, point="output")[0] == 0 and hss(zero, labels, mode="conditional", point="output")[0] == 1
     rng = np.random.default_rng(0)
     scale = np.ones((30, 4))
     scale[:, 2] = 0
@@ -612,7 +612,7 @@ def test_the_same_seed_gives_the_same_table(coin):
 def test_label_noise_shrinks_the_effect(coin):
     stats, wrong = planted(0, effect=1.2, n=600)
     value = {
-        share: np.mean([hsav(stats, flip_labels(wrong, share, seed), point="output")[3] for seed in range(10)])
+        share: np.mean([hsav(stats, flip_labels(wrong, share, seed=seed), point="output")[3] for seed in range(10)])
         for share in (0, 0.25, 0.5)
     }
     assert abs(value[0.25] / value[0] - 0.5) < 0.1 and abs(value[0.5] / value[0]) < 0.1

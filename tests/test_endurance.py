@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 import avss_nb.data
 import avss_nb.labeling
 import avss_nb.shipping
-import avss_nb.study
+import avss_nb.report
 from avss_nb.ablations import run_variants
 from avss_nb.contrastive import contrastive_tune
-from avss_nb.runs import check_folder, claim_folder, stored_table
+from avss_nb.runs import RunDirectory, cached_table, check_run
 from avss_nb.labeling import generate_answers
 from avss_nb.models import content_key, load_model
 from avss_nb.healing import heal
@@ -149,7 +149,7 @@ def told_or_same(work, folder: Path, wanted: dict[str, bytes], spoilt: str) -> b
 @pytest.fixture(scope="module")
 def at_hand(model_folder):
     "Settings, data and model of a study."
-    wanted = avss_nb.study.Settings(model=str(model_folder), **SMALL)
+    wanted = avss_nb.report.Settings(model=str(model_folder), **SMALL)
     return wanted, study_data(wanted), load_model(model_folder, device="cpu")
 
 
@@ -157,8 +157,8 @@ def at_hand(model_folder):
 def quick(at_hand, monkeypatch):
     "A study whose data and model are at hand."
     wanted, data, parts = at_hand
-    monkeypatch.setattr(avss_nb.study, "study_data", lambda settings: data)
-    monkeypatch.setattr(avss_nb.study, "load_model", lambda *args, **options: parts)
+    monkeypatch.setattr(avss_nb.report, "study_data", lambda settings: data)
+    monkeypatch.setattr(avss_nb.report, "load_model", lambda *args, **options: parts)
     return wanted
 
 
@@ -230,7 +230,7 @@ def test_cut_at_every_line_end(tmp_path, work, name):
 
 def is_damaged(file: Path, index) -> bool:
     try:
-        stored_table(file, lambda: pytest.fail("it is there"), index)
+        cached_table(file, lambda: pytest.fail("it is there"), index=index)
     except ValueError as error:
         return f"{file} is damaged" in str(error)
     return False
@@ -254,7 +254,7 @@ def is_damaged(file: Path, index) -> bool:
 def test_a_table_that_was_cut_anywhere(tmp_path, table, index):
     file = tmp_path / "table.csv"
     pd.testing.assert_frame_equal(
-        stored_table(file, lambda: table, index),
+        cached_table(file, lambda: table, index=index),
         table,
         check_exact=True,
         **({} if len(table) else dict(check_dtype=False, check_index_type=False)),
@@ -330,7 +330,7 @@ def test_other_settings_of_a_study(killed, quick, tmp_path):
     shutil.copytree(killed[0] / "study-whole", tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match="holds a run with .*passages=4.*choose another folder"):
-        run_study(quick.model, tmp_path / "out", **SMALL | dict(passages=5))
+        run_study(quick.model, out=tmp_path / "out", **SMALL | dict(passages=5))
     assert contents(tmp_path / "out") == before
 
 
@@ -349,7 +349,7 @@ class Begun(Exception):
 
 
 def claimed(out: Path, model: Path):
-    return measure(avss_nb.study.Settings(model=str(model), **SMALL), out)
+    return measure(avss_nb.report.Settings(model=str(model), **SMALL), out)
 
 
 def pruned(out: Path, model: Path):
@@ -366,7 +366,7 @@ def test_another_model_at_the_same_path(at_hand, model_folder, tmp_path, monkeyp
     def stop(*args, **options):
         raise Begun
 
-    for module, first in ((avss_nb.study, "_measure_all"), (avss_nb.shipping, "stored_table")):
+    for module, first in ((avss_nb.report, "_measure_all"), (avss_nb.shipping, "cached_table")):
         monkeypatch.setattr(module, "study_data", lambda settings: at_hand[1])
         monkeypatch.setattr(module, first, stop)
     model, note = tmp_path / "model", tmp_path / note
@@ -401,12 +401,12 @@ def healed_in(out: Path, model):
 
 def taught_in(out: Path, model):
     return heal(
-        tiny("llama", vocab_size=300), ["So it goes. " * 20], model, PADS, out=out, steps=1, batch_size=1, max_length=8
+        tiny("llama", vocab_size=300), ["So it goes. " * 20], teacher=model, tokenizer=PADS, out=out, steps=1, batch_size=1, max_length=8
     )
 
 
 def scored_in(out: Path, model):
-    return spread_scores(model, [batch_of(4, 3)], ["avss"], out=out)
+    return spread_scores(model, [batch_of(4, 3)], methods=["avss"], out=out)
 
 
 def arms_in(out: Path, model):
@@ -427,9 +427,9 @@ def test_another_model_of_the_same_shapes(tmp_path, work):
 def test_notes_of_the_stored_studies_are_accepted():
     for note in (ROOT / "nbs" / "results").glob("*/settings.json"):
         assert "content" not in json.loads(note.read_text())["settings"]
-    check_folder(
+    check_run(
         ROOT / "nbs" / "results" / "study",
-        asdict(avss_nb.study.Settings(heal_steps=40, tune_steps=20, sparsity=0.5)) | content_key("smollm2-135m"),
+        asdict(avss_nb.report.Settings(heal_steps=40, tune_steps=20, sparsity=0.5)) | content_key("smollm2-135m"),
     )
 
 
@@ -466,9 +466,9 @@ def test_files_that_may_not_grow(tmp_path):
     "As a quota does: the table is whole or not there."
     table = pd.DataFrame(dict(x=range(5000))).rename_axis("layer")
     with small_files(), pytest.raises(OSError, match="cannot write .*table.csv"):
-        stored_table(tmp_path / "table.csv", lambda: table)
+        cached_table(tmp_path / "table.csv", lambda: table)
     assert files(tmp_path) == []
-    assert stored_table(tmp_path / "table.csv", lambda: table).equals(table)
+    assert cached_table(tmp_path / "table.csv", lambda: table).equals(table)
 
 
 @pytest.mark.parametrize("work", [answered, armed], ids=["answers", "variants"])
@@ -496,4 +496,4 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
 def test_a_folder_whose_note_was_being_written(tmp_path):
     "Killed at its first file: the folder is that run's."
     (tmp_path / "settings.json.part").write_text('{"sett')
-    assert files(claim_folder(tmp_path, dict(seed=0))) == ["settings.json"]
+    assert files(RunDirectory.open(tmp_path, dict(seed=0)).folder) == ["settings.json"]

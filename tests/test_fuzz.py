@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 
 from avss_nb.ablations import run_variants
 from avss_nb.data import QUESTION, SENTENCE, load_questions, load_sentences, load_text, read_rows
-from avss_nb.runs import check_folder, claim_folder, stored_table
+from avss_nb.runs import RunDirectory, cached_table, check_run
 from avss_nb.eavss import AnswerStats, hsav, answer_stats
 from avss_nb.labeling import _Chunks
 from avss_nb.metrics import LayerStats, collect_stats, variance
@@ -235,10 +235,10 @@ def test_tables_of_scores(place, data):
 
 @many(1000)
 @given(files_of(NUMBERS), st.sampled_from(["layer", ["set", "measure"]]))
-def test_stored_tables(place, data, index):
+def test_cached_tables(place, data, index):
     with watched(place, "stored tables"):
         file = write(place, "stored.csv", data)
-        found = clear(lambda: stored_table(file, lambda: pytest.fail("it is there"), index), str(file), "delete it")
+        found = clear(lambda: cached_table(file, lambda: pytest.fail("it is there"), index=index), str(file), "delete it")
     assert found is None or isinstance(found, pd.DataFrame) and list(found.index.names) == [index]
     assert file.read_bytes() == data
 
@@ -251,7 +251,7 @@ def test_notes_of_settings(place, data):
         folder = place / "run"
         folder.mkdir(exist_ok=True)
         file = write(folder, "settings.json", data)
-        found = clear(lambda: claim_folder(folder, dict(seed=0)) and True, str(folder))
+        found = clear(lambda: RunDirectory.open(folder, dict(seed=0)) and True, str(folder))
     if found:
         assert json.loads(data.decode("utf-8"))["settings"].items() <= dict(seed=0).items()
     assert file.read_bytes() == data and os.listdir(folder) == ["settings.json"]
@@ -330,7 +330,7 @@ def test_statistics(place, saved, kind, cut, put, other, early):
         if found is not None:
             repr(found), found.points, found.n_layers
             if kind is LayerStats:
-                clear(lambda: variance(found, "output"))
+                clear(lambda: variance(found, point="output"))
             else:
                 clear(lambda: hsav(found, ["right", "wrong"], point="output"))
 

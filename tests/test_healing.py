@@ -38,7 +38,7 @@ ROWS = torch.tensor([ids[:32] for ids in Letters()(TEXT[:2]).input_ids])
 
 
 def healed(model, teacher=None, **options):
-    return heal(model, TEXT, teacher, Letters(), **SHORT | options)
+    return heal(model, TEXT, teacher=teacher, tokenizer=Letters(), **SHORT | options)
 
 
 def weights(model):
@@ -51,7 +51,7 @@ def test_every_family_learns_from_its_teacher_and_leaves_it_alone(family, tmp_pa
     small, before = prune_layers(base_model, [1]), weights(base_model)
     after = healed(small, base_model, steps=12, learning_rate=3e-3)
     with torch.no_grad():
-        assert healing_loss(after, ROWS, base_model) < healing_loss(small, ROWS, base_model)
+        assert healing_loss(after, ROWS, teacher=base_model) < healing_loss(small, ROWS, teacher=base_model)
     assert all(torch.equal(p, before[name]) and p.requires_grad for name, p in base_model.named_parameters())
     assert not base_model.training and not after.training and len(blocks(after)) == 4
     after.save_pretrained(tmp_path)
@@ -69,7 +69,7 @@ def test_half_precision(dtype):
     after = healed(small, base_model, steps=12, learning_rate=3e-3)
     assert {p.dtype for p in after.parameters()} == {dtype}
     with torch.no_grad():
-        assert healing_loss(after, ROWS, base_model) < 0.95 * healing_loss(small, ROWS, base_model)
+        assert healing_loss(after, ROWS, teacher=base_model) < 0.95 * healing_loss(small, ROWS, teacher=base_model)
 
 
 def test_what_is_not_trained_is_shared():

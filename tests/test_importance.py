@@ -46,7 +46,7 @@ def test_every_score_is_finite_and_has_a_row_for_each_layer(family):
     scores = layer_scores(
         model,
         texts(),
-        [
+        methods=[
             *FROM_STATS,
             "magnitude",
             "position",
@@ -64,11 +64,11 @@ def test_halves_of_blocks(family):
     model, methods = tiny(family), ["avss", "variance", "block_influence", "magnitude"]
     if family in NO_HALVES:
         with pytest.raises(ValueError, match=NO_HALVES[family]):
-            layer_scores(model, texts(), methods, sublayer_names(model))
+            layer_scores(model, texts(), methods=methods, units=sublayer_names(model))
         return
-    scores = layer_scores(model, texts(), methods, sublayer_names(model))
+    scores = layer_scores(model, texts(), methods=methods, units=sublayer_names(model))
     assert scores.index.tolist() == sublayer_names(model) and (scores > 0).all(axis=None)
-    base_model = layer_scores(model, texts(), ["magnitude"]).magnitude
+    base_model = layer_scores(model, texts(), methods=["magnitude"]).magnitude
     norms = [sum(p.abs().sum().item() for p in block.parameters() if p.dim() < 2) for block in blocks(model)]
     np.testing.assert_allclose(scores.magnitude.to_numpy().reshape(5, 2).sum(1) + norms, base_model, rtol=1e-6)
 
@@ -93,10 +93,10 @@ def test_leave_one_out_of_halves_equals_skipping(family):
     model = tiny(family)
     if family == "mamba":
         with pytest.raises(ValueError, match="no 'attention' found in MambaBlock"):
-            leave_one_out(model, texts(), sublayer_names(model))
+            leave_one_out(model, texts(), units=sublayer_names(model))
         return
     loss = loss_of(family, model)
-    found = leave_one_out(model, texts(), sublayer_names(model), loss)
+    found = leave_one_out(model, texts(), units=sublayer_names(model), loss=loss)
     for unit in sublayer_names(model):
         with skip_layers(model, [unit]):
             wanted = mean_loss(model, loss)
@@ -177,7 +177,7 @@ def test_shapley_values_by_all_orders(family):
 def test_shapley_of_halves_and_of_a_few_units():
     model = tiny("llama")
     units = sublayer_names(model)[:4]
-    found = shapley(model, texts(), units, worst=np.inf)
+    found = shapley(model, texts(), units=units, worst=np.inf)
     with skip_layers(model, units):
         without_them = mean_loss(model, row_losses)
     np.testing.assert_allclose(found.shapley.sum(), without_them - mean_loss(model, row_losses), atol=1e-6)
@@ -260,7 +260,7 @@ def test_scores_do_not_depend_on_batching():
     for b in alone:
         b.update({k: v[:, : int(b["token_mask"].sum())] for k, v in b.items() if v.dim() == 2})
     np.testing.assert_allclose(
-        layer_scores(model, alone, methods), layer_scores(model, texts("left"), methods), rtol=1e-4
+        layer_scores(model, alone, methods=methods), layer_scores(model, texts("left"), methods=methods), rtol=1e-4
     )
 
 
@@ -268,7 +268,7 @@ def test_a_model_without_some_units_is_left_as_it_was():
     model = tiny("llama").train()
     before = [*blocks(model)]
     for run in (
-        lambda: leave_one_out(model, texts(), sublayer_names(model)),
+        lambda: leave_one_out(model, texts(), units=sublayer_names(model)),
         lambda: sleb(model, texts(), 2),
         lambda: shapley(model, texts(), worst=np.inf),
         lambda: taylor(model, texts()),
@@ -283,7 +283,7 @@ def test_a_model_without_some_units_is_left_as_it_was():
 @pytest.mark.parametrize(
     "run, message",
     [
-        (lambda m: layer_scores(m, texts(), ["sleb"], units=["attn.1"]), "not 'attn.1'"),
+        (lambda m: layer_scores(m, texts(), methods=["sleb"], units=["attn.1"]), "not 'attn.1'"),
         (lambda m: layer_scores(m, texts(), units=[0, 0]), "layer 0 is named twice"),
         (lambda m: layer_scores(m, texts(), units=["mlp.7"]), "there is no layer 7"),
         (lambda m: angular_distance(m, texts(), n=6), "between 1 and the number of layers 5, not 6"),
@@ -303,7 +303,7 @@ def test_bad_input_is_named(run, message):
 
 @pytest.mark.parametrize(
     "score",
-    [taylor, lambda m, b: sleb(m, b, 2), shapley, leave_one_out, lambda m, b: layer_scores(m, b, [*FROM_STATS])],
+    [taylor, lambda m, b: sleb(m, b, 2), shapley, leave_one_out, lambda m, b: layer_scores(m, b, methods=[*FROM_STATS])],
     ids=["taylor", "sleb", "shapley", "leave_one_out", "statistics"],
 )
 def test_a_layer_that_is_not_finite_is_never_ranked(score):
@@ -340,7 +340,7 @@ def test_halves_turn_the_stream_by_hand(family):
     ):
         for batch in some:
             run_blocks(model, batch)
-    found = layer_scores(model, some, ["block_influence", "variance"], sublayer_names(model))
+    found = layer_scores(model, some, methods=["block_influence", "variance"], units=sublayer_names(model))
     for layer in range(5):
         with (
             skip_layers(model, [f"mlp.{layer}"]),

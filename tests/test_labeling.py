@@ -251,7 +251,7 @@ def test_likelihoods_that_are_not_finite_name_the_question():
 @pytest.mark.parametrize("style", ["completion", "few-shot", "chat"])
 def test_first_token_exactly_once(style, template, adds, bos):
     tokenizer = letters(adds, template)
-    for text, ids in build_prompts(tokenizer, ASKED, style, shots=questions("a", "b", "c", "d"), bos=bos):
+    for text, ids in build_prompts(tokenizer, ASKED, style=style, shots=questions("a", "b", "c", "d"), bos=bos):
         wanted = "<s>" in adds or bos or style == "chat" and "bos" in template
         assert ids.count(BOS) == wanted and (ids[0] == BOS) == wanted and EOS not in ids
         assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<s>", "")
@@ -259,19 +259,19 @@ def test_first_token_exactly_once(style, template, adds, bos):
 
 def test_examples_are_others():
     tokenizer, shots = letters(), questions("Who?", "who? ", "a?", "b?", "c?")
-    prompts = build_prompts(tokenizer, ASKED, "few-shot", shots=shots, n_shots=3)
+    prompts = build_prompts(tokenizer, ASKED, style="few-shot", shots=shots, n_shots=3)
     assert (
         prompts[0][0].casefold().count("who?") == 1
         and prompts[0][0].count("Question: ") == 4
         and prompts[0][0].endswith("Question: Who?\nAnswer:")
     )
-    assert build_prompts(tokenizer, ASKED, "few-shot", shots=shots, n_shots=3) == prompts
+    assert build_prompts(tokenizer, ASKED, style="few-shot", shots=shots, n_shots=3) == prompts
     assert (
-        len({build_prompts(tokenizer, ASKED[1:2], "few-shot", shots=shots, n_shots=3, seed=s)[0][0] for s in range(9)})
+        len({build_prompts(tokenizer, ASKED[1:2], style="few-shot", shots=shots, n_shots=3, seed=s)[0][0] for s in range(9)})
         > 3
     )
     with pytest.raises(ValueError, match="'q0' has 3 examples"):
-        build_prompts(tokenizer, ASKED, "few-shot", shots=shots)
+        build_prompts(tokenizer, ASKED, style="few-shot", shots=shots)
 
 
 def test_template_may_use_other_columns():
@@ -280,7 +280,7 @@ def test_template_may_use_other_columns():
     with pytest.raises(ValueError, match="no column 'context'"):
         build_prompts(letters(), ASKED, template="{context} {question}")
     assert (
-        build_prompts(letters(template=CHAT), ASKED, "chat", system="Be brief.")[0][0]
+        build_prompts(letters(template=CHAT), ASKED, style="chat", system="Be brief.")[0][0]
         == "[system]Be brief.[user]Who?[a]"
     )
 
@@ -427,11 +427,11 @@ PLAIN = st.lists(
 @given(TEXT, st.sampled_from(STYLES))
 @settings(deadline=None, max_examples=400)
 def test_normalising_twice_changes_nothing(text, style):
-    once = normalize_answer(text, style)
-    assert normalize_answer(once, style) == once
+    once = normalize_answer(text, style=style)
+    assert normalize_answer(once, style=style) == once
     if style != "raw":
         assert once == " ".join(once.split()) and not set(once) & set(string.punctuation)
-        assert normalize_answer(f" {text}\n", style) == once == normalize_answer(f"the {text}", style)
+        assert normalize_answer(f" {text}\n", style=style) == once == normalize_answer(f"the {text}", style=style)
         assert style == "nq" or not {"a", "an", "the"} & set(once.split())  # NFD leaves "à" as an article and an accent
 
 
@@ -461,15 +461,15 @@ def test_rouge_as_others_wrote_it(said, gold):
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.sampled_from(STYLES))
 @settings(deadline=None, max_examples=300)
 def test_overlap_is_consistent(said, references, style):
-    each = [token_f1(said, g, style) for g in references]
+    each = [token_f1(said, g, style=style) for g in references]
     assert (
-        token_f1(said, references, style) == max(each)
+        token_f1(said, references, style=style) == max(each)
         and all(0 <= f <= 1 for f in each)
-        and all(token_f1(g, said, style) == pytest.approx(f) for g, f in zip(references, each))
+        and all(token_f1(g, said, style=style) == pytest.approx(f) for g, f in zip(references, each))
     )
-    assert exact_match(said, references, style) == max(exact_match(said, g, style) for g in references)
-    if exact_match(said, references, style):
-        assert token_f1(said, references, style, both_empty=1.0) == 1
+    assert exact_match(said, references, style=style) == max(exact_match(said, g, style=style) for g in references)
+    if exact_match(said, references, style=style):
+        assert token_f1(said, references, style=style, both_empty=1.0) == 1
     assert rouge_l(said, references) == pytest.approx(max(rouge_l(said, g) for g in references))
     if any(unicodedata.category(c)[0] in "LMN" for c in said):
         assert rouge_l(said, [*references, said]) == pytest.approx(1)
@@ -480,7 +480,7 @@ def test_overlap_is_consistent(said, references, style):
 
 def labels(rule, answer, references, distractors=("zzz",), **options):
     return label_answers(
-        [dict(id="a", question="?", answers=list(references), distractors=list(distractors), answer=answer)], rule, **options
+        [dict(id="a", question="?", answers=list(references), distractors=list(distractors), answer=answer)], rule=rule, **options
     )[rule if isinstance(rule, str) else options.get("name", rule.__name__)][0]
 
 
@@ -491,7 +491,7 @@ def test_rules_imply_each_other(rows):
         dict(id=str(i), question="?", answers=references, distractors=["zzz"], answer=answer)
         for i, (answer, references) in enumerate(rows)
     ]
-    columns = {rule: label_answers(table, rule)[rule] for rule in LABEL_RULES}
+    columns = {rule: label_answers(table, rule=rule)[rule] for rule in LABEL_RULES}
     for (answer, references), *found in zip(rows, *columns.values()):
         found = dict(zip(columns, found))
         assert set(found.values()) <= set(LABELS)
@@ -542,7 +542,7 @@ def test_a_gold_that_is_nothing_matches_nothing_else(rule, gold):
 @pytest.mark.parametrize("rule", ["alias", "choice"])
 def test_the_questions_own_words_prove_nothing(rule):
     say = lambda answer, references, question="What is the capital of Peru?": label_answers(
-        [dict(id="a", question=question, answers=references, distractors=["Quito"], answer=answer)], rule
+        [dict(id="a", question=question, answers=references, distractors=["Quito"], answer=answer)], rule=rule
     )[rule][0]
     references = ["Lima", "Capital of Peru"]
     assert (
@@ -613,7 +613,7 @@ def test_a_plain_table_is_enough():
     for table in (frame, Dataset.from_pandas(frame), frame.to_dict("records")):
         once = label_answers(table)
         assert once["alias"][:] == ["right", "wrong"] and once.column_names == [*frame.columns, "alias"]
-        again = label_answers(label_answers(once, "exact"), "alias", style="nq")
+        again = label_answers(label_answers(once, rule="exact"), rule="alias", style="nq")
         assert again.column_names == [*frame.columns, "exact", "alias"] and again["answer"][:] == ["in Lima", "Rome"]
     assert label_answers(frame, name="mine")["mine"][:] == ["right", "wrong"]
 
@@ -646,8 +646,8 @@ def test_options_of_sciq():
     say = lambda options: [dict(r, answer=o) for r in rows for o in options(r)]
     right, wrong = say(lambda r: r["answers"]), say(lambda r: r["distractors"])
     for rule in LABEL_RULES:
-        assert set(label_answers(right, rule)[rule]) == {"right"}
-    called = {rule: label_answers(wrong, rule)[rule][:].count("right") for rule in LABEL_RULES}
+        assert set(label_answers(right, rule=rule)[rule]) == {"right"}
+    called = {rule: label_answers(wrong, rule=rule)[rule][:].count("right") for rule in LABEL_RULES}
     assert (
         called["exact"] == called["choice"] == 0 and called["alias"] < 30 and called["f1"] > 500
     )  # one word of two in common is F1 .5
@@ -677,7 +677,7 @@ TABLE = [
     ids=repr,
 )
 def test_what_a_judge_may_say(verdict, label):
-    assert label_answers(TABLE[:1], lambda q, a, references: verdict, name="mine")["mine"][:] == [label]
+    assert label_answers(TABLE[:1], rule=lambda q, a, references: verdict, name="mine")["mine"][:] == [label]
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -689,7 +689,7 @@ def test_nonsense_names_row_and_judge(verdict, batched):
     if batched:
         judge.batch = lambda triples: [judge(*t) for t in triples]
     with pytest.raises(ValueError, match=r"judge 'judge' gave .* for row 3 \(id 'r3'\)"):
-        label_answers(TABLE, judge)
+        label_answers(TABLE, rule=judge)
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -712,19 +712,19 @@ def test_a_judge_that_raises(tmp_path, batched):
 
         judge.batch = batch
     with pytest.raises(RuntimeError, match=r"judge 'judge' failed at row 3 \(id 'r3'\): gone"):
-        label_answers(TABLE, judge, out=tmp_path / "v.json")
+        label_answers(TABLE, rule=judge, out=tmp_path / "v.json")
     assert asked == ["x", "y", "z"] and len(json.loads((tmp_path / "v.json").read_text())["verdicts"]) == 2
     violation_rate.clear()
     asked.clear()
     wanted = ["right", "wrong", "empty", "wrong", "right", "refused", "wrong"]
-    assert label_answers(TABLE, judge, out=tmp_path / "v.json")["judge"][:] == wanted and asked == ["z", "w"]
+    assert label_answers(TABLE, rule=judge, out=tmp_path / "v.json")["judge"][:] == wanted and asked == ["z", "w"]
     asked.clear()
-    assert label_answers(TABLE[::-1], judge, out=tmp_path / "v.json")["judge"][:] == wanted[::-1] and not asked
+    assert label_answers(TABLE[::-1], rule=judge, out=tmp_path / "v.json")["judge"][:] == wanted[::-1] and not asked
     with pytest.raises(ValueError, match="verdicts of judge 'judge', not of 'other'"):
-        label_answers(TABLE, judge, name="other", out=tmp_path / "v.json")
+        label_answers(TABLE, rule=judge, name="other", out=tmp_path / "v.json")
     (tmp_path / "v.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
-        label_answers(TABLE, judge, out=tmp_path / "v.json")
+        label_answers(TABLE, rule=judge, out=tmp_path / "v.json")
 
 
 def test_a_killed_judge_keeps_its_verdicts(tmp_path):
@@ -737,8 +737,8 @@ def test_a_killed_judge_keeps_its_verdicts(tmp_path):
         return True
 
     with pytest.raises(KeyboardInterrupt):
-        label_answers(TABLE, judge, out=tmp_path / "v.json")
-    label_answers(TABLE, judge, out=tmp_path / "v.json")
+        label_answers(TABLE, rule=judge, out=tmp_path / "v.json")
+    label_answers(TABLE, rule=judge, out=tmp_path / "v.json")
     assert asked == ["x", "y", "z", "z", "w"]
 
 
@@ -750,7 +750,7 @@ def test_a_batch_of_another_length():
             return True
 
     with pytest.raises(ValueError, match="judge 'Judge' gave 1 verdicts for the 4 rows from 0 on"):
-        label_answers(TABLE, Judge())
+        label_answers(TABLE, rule=Judge())
 
 
 def classifier(order, single=False):
@@ -825,9 +825,9 @@ def test_a_model_that_gives_nan_or_is_no_classifier():
     with torch.no_grad():
         model.classifier.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"judge 'nli' gave nan for row 0 \(id 'r0'\)"):
-        label_answers(TABLE, nli_judge(model, letters()))
+        label_answers(TABLE, rule=nli_judge(model, letters()))
     with pytest.raises(RuntimeError, match="judge 'nli' failed at row 0 .*no sequence classifier"):
-        label_answers(TABLE, nli_judge(tiny("bert"), letters(), entailment=0))
+        label_answers(TABLE, rule=nli_judge(tiny("bert"), letters(), entailment=0))
 
 
 # ---- tables
@@ -852,7 +852,7 @@ def test_kappa_by_hand():
         and kappa.loc["a", "c"] == 0
         and np.isnan(kappa.loc["c", "c"])
     )
-    assert rule_disagreements(table, ["a", "b"]).index.tolist() == [2, 5] and len(rule_disagreements(table, ["a"])) == 0
+    assert rule_disagreements(table, rules=["a", "b"]).index.tolist() == [2, 5] and len(rule_disagreements(table, rules=["a"])) == 0
     with pytest.raises(ValueError, match="run label_answers"):
         rule_agreement(table.drop(columns=["a", "b", "c"]))
 
@@ -908,7 +908,7 @@ def test_the_rules_say_of_the_audit_what_it_holds():
     ]
     for rule in LABEL_RULES:
         labelled = [row for row in rows if row["distractors"] or rule != "choice"]
-        labels = dict(zip([row["id"] for row in labelled], label_answers(pd.DataFrame(labelled), rule)[rule]))
+        labels = dict(zip([row["id"] for row in labelled], label_answers(pd.DataFrame(labelled), rule=rule)[rule]))
         assert audit[rule].tolist() == [labels.get(id, "") for id in audit.id], rule
     judge = similarity_judge(*load_model("minilm-l6"), pd.DataFrame(rows).to_dict("records"))
-    assert audit.similarity.tolist() == label_answers(pd.DataFrame(rows), judge)["similarity"][:]
+    assert audit.similarity.tolist() == label_answers(pd.DataFrame(rows), rule=judge)["similarity"][:]

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import avss_nb.pruning
 from avss_nb.data import load_questions, load_sentences
 from avss_nb.models import atomic_write
-from avss_nb.runs import stored_table
+from avss_nb.runs import cached_table
 from avss_nb.evaluation import answer_questions
 from avss_nb.models import load_model
 from avss_nb.pruning import chance_level, measure_removal, paired_difference, retention_table
@@ -157,7 +157,7 @@ def test_errors_while_making_are_the_makers_own(tmp_path):
         raise FileNotFoundError("no such benchmark")
 
     with pytest.raises(FileNotFoundError, match="^no such benchmark"):
-        stored_table(tmp_path / "a.csv", missing)
+        cached_table(tmp_path / "a.csv", missing)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write"):
         atomic_write(tmp_path / "file" / "a.csv", lambda part: part.write_text(""))

@@ -33,21 +33,8 @@ from avss_nb.importance import angular_distance, layer_scores, leave_one_out, re
 from avss_nb.metrics import REDUCTIONS, collect_stats
 from avss_nb.models import blocks, load_model
 from avss_nb.surgery import skip_layers
-from avss_nb.scale import (
-    _exchange,
-    _packed,
-    _read,
-    _skeleton,
-    _unpacked,
-    _write,
-    estimate,
-    launch,
-    memory_plan,
-    processes,
-    share,
-    spread,
-    spread_scores,
-)
+from avss_nb.cost import meta_model, memory_plan
+from avss_nb.scale import _exchange, _packed, _read, _unpacked, _write, estimate, launch, processes, share, spread, spread_scores
 
 POINTS = ("output", "relative_update", "attention", "mlp_hidden")
 TOKENIZER = SimpleNamespace(pad_token_id=1, padding_side="right")
@@ -73,19 +60,19 @@ def some_answers(n: int = 7) -> Dataset:
 @given(st.integers(0, 20), st.integers(1, 25))
 def test_all_shares_are_all_items_and_none_twice(n_items, n):
     for items, plain in ((list(range(n_items)), list), (pd.DataFrame(dict(x=range(n_items))), lambda t: t.x.tolist())):
-        shares = [plain(share(items, i, n)) for i in range(n)]
+        shares = [plain(share(items, number=i, n=n)) for i in range(n)]
         assert sorted(sum(shares, [])) == list(range(n_items)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_shares_of_a_dataset():
     data = Dataset.from_dict(dict(x=range(5)))
-    assert [share(data, i, 3)["x"][:] for i in range(3)] == [[0, 3], [1, 4], [2]] and len(share(data, 6, 7)) == 0
+    assert [share(data, number=i, n=3)["x"][:] for i in range(3)] == [[0, 3], [1, 4], [2]] and len(share(data, number=6, n=7)) == 0
 
 
 def everything(model, texts, answers) -> dict:
     "What several processes make together, as plain arrays and tables."
-    stats = spread(lambda some: collect_stats(model, some, POINTS, REDUCTIONS), texts)
-    said = spread(lambda some: answer_stats(model, TOKENIZER, some, POINTS), answers, chunk=2)
+    stats = spread(lambda some: collect_stats(model, some, points=POINTS, reduce=REDUCTIONS), texts)
+    said = spread(lambda some: answer_stats(model, TOKENIZER, some, points=POINTS), answers, chunk=2)
     return dict(
         who=processes(),
         stats={k: t.numpy() for k, t in stats.sums.items()},
@@ -97,7 +84,7 @@ def everything(model, texts, answers) -> dict:
         scores=spread_scores(
             model,
             texts,
-            ["avss", "avss_published_code", "block_influence", "influence_downstream", "leave_one_out", "magnitude", "random"],
+            methods=["avss", "avss_published_code", "block_influence", "influence_downstream", "leave_one_out", "magnitude", "random"],
         ),
     )
 
@@ -107,7 +94,7 @@ def test_several_processes_equal_one(n):
     model, texts, answers = tiny("llama"), text_batches(), some_answers()
     alone, together = everything(model, texts, answers), launch(everything, model, texts, answers, n=n)
     assert [found["who"] for found in together] == [(i, n) for i in range(n)]
-    plain, said = collect_stats(model, texts, POINTS, REDUCTIONS), answer_stats(model, TOKENIZER, answers, POINTS)
+    plain, said = collect_stats(model, texts, points=POINTS, reduce=REDUCTIONS), answer_stats(model, TOKENIZER, answers, points=POINTS)
     for found in together:
         for name, t in plain.sums.items():
             np.testing.assert_allclose(found["stats"][name], t, rtol=1e-9, atol=1e-9 * abs(t).max(), err_msg=name)
@@ -123,7 +110,7 @@ def test_several_processes_equal_one(n):
             found["few"], removal_losses(model, texts[:1]), check_exact=True
         )  # one text: the others have nothing to do
         pd.testing.assert_frame_equal(
-            found["scores"], layer_scores(model, texts, list(found["scores"])), rtol=1e-9, check_dtype=False
+            found["scores"], layer_scores(model, texts, methods=list(found["scores"])), rtol=1e-9, check_dtype=False
         )
     for name in plain.sums:
         assert all((found["stats"][name] == together[0]["stats"][name]).all() for found in together)  # the same in each
@@ -146,7 +133,7 @@ def fatal_run(out, kill: bool = False):
             os.kill(os.getpid(), signal.SIGKILL)
         return removal_losses(model, some)
 
-    return spread(work, texts, out, add=True)
+    return spread(work, texts, out=out, add=True)
 
 
 def test_a_killed_process_is_named_and_nothing_is_lost(tmp_path):
@@ -261,12 +248,12 @@ def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="gave a list"):
         spread(lambda some: some, texts)
     with pytest.raises(ValueError, match="'shapley' is not a sum over texts"):
-        spread_scores(model, texts, ["avss", "shapley"])
+        spread_scores(model, texts, methods=["avss", "shapley"])
     with pytest.raises(ValueError, match="there is no process -1 of 2"):
-        share(texts, -1, 2)
+        share(texts, number=-1, n=2)
     with pytest.raises(ValueError, match="n is at least 1, not 0"):
         launch(processes, n=0)
-    spread(losses, texts, tmp_path / "run", add=True, settings=dict(model="tiny"))
+    spread(losses, texts, out=tmp_path / "run", add=True, settings=dict(model="tiny"))
     for other in (
         dict(items=text_batches(6)),
         dict(settings=dict(model="large")),
@@ -277,15 +264,15 @@ def test_bad_input(tmp_path):
             spread(
                 losses,
                 other.pop("items", texts),
-                tmp_path / "run",
+                out=tmp_path / "run",
                 add=True,
                 **dict(settings=dict(model="tiny")) | other,
             )
     (tmp_path / "run" / "chunk-00002.arrow").write_bytes(b"ARROW1")
     with pytest.raises(ValueError, match="chunk-00002.arrow is damaged: delete it"):
-        spread(losses, texts, tmp_path / "run", add=True, settings=dict(model="tiny"))
+        spread(losses, texts, out=tmp_path / "run", add=True, settings=dict(model="tiny"))
     with pytest.raises(ValueError, match="holds something else"):
-        spread(losses, texts, tmp_path, add=True)
+        spread(losses, texts, out=tmp_path, add=True)
 
 
 TABLES = [
@@ -333,16 +320,16 @@ def kept_on_disk(model, folder: Path, way: str):
 
 def check_same(model, other, batches: list[dict]):
     "Statistics, scores and skipping of two models are the same."
-    stats = [collect_stats(m, batches, POINTS, REDUCTIONS) for m in (model, other)]
+    stats = [collect_stats(m, batches, points=POINTS, reduce=REDUCTIONS) for m in (model, other)]
     for name in stats[0].sums:
         assert torch.equal(*(s.sums[name] for s in stats)), name
-    said = [answer_stats(m, TOKENIZER, some_answers(3), ("relative_update",)) for m in (model, other)]
+    said = [answer_stats(m, TOKENIZER, some_answers(3), points=("relative_update",)) for m in (model, other)]
     assert torch.equal(*(s.sums["relative_update.sumsq"] for s in said))
     methods = ["avss", "block_influence", "avss_downstream", "leave_one_out", "magnitude"]
-    pd.testing.assert_frame_equal(*(layer_scores(m, batches, methods) for m in (model, other)), check_exact=True)
-    pd.testing.assert_series_equal(*(angular_distance(m, batches, 2) for m in (model, other)), check_exact=True)
+    pd.testing.assert_frame_equal(*(layer_scores(m, batches, methods=methods) for m in (model, other)), check_exact=True)
+    pd.testing.assert_series_equal(*(angular_distance(m, batches, n=2) for m in (model, other)), check_exact=True)
     pd.testing.assert_frame_equal(
-        *(removal_losses(m, batches, ["attention.1", "mlp.3", 4]) for m in (model, other)), check_exact=True
+        *(removal_losses(m, batches, layers=["attention.1", "mlp.3", 4]) for m in (model, other)), check_exact=True
     )
     base_model = [row_losses(m, batches[0])[0] for m in (model, other)]
     with skip_layers(model, [0, 3]), skip_layers(other, [0, 3]):
@@ -361,7 +348,7 @@ def test_offloaded_models_give_the_same(family, way, tmp_path):
     assert any(p.is_meta for p in other.parameters()) and input_device(other) == torch.device("cpu")
     check_same(model, other, [batch_of(7, 5, 9), batch_of(3, 8, side="left", seed=1)])
     with pytest.raises(ValueError, match="taylor needs the gradients of weights that are in memory"):
-        layer_scores(other, [batch_of(4)], ["taylor"])
+        layer_scores(other, [batch_of(4)], methods=["taylor"])
 
 
 class FakeDevices(TorchFunctionMode):
@@ -472,7 +459,7 @@ def test_quantised_models(bits, tmp_path):
     )
     model.save_pretrained(tmp_path)
     other = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32).eval()
-    stats = [collect_stats(m, batches, POINTS) for m in (model, other)]
+    stats = [collect_stats(m, batches, points=POINTS) for m in (model, other)]
     for point in POINTS:
         off = np.sqrt(stats[1].get(point, "sumsq") / stats[0].get(point, "sumsq")) - 1
         assert 0 < abs(off).max() < (0.25 if bits == 4 else 0.05), (point, off)
@@ -482,7 +469,7 @@ def test_quantised_models(bits, tmp_path):
     assert np.isfinite(leave_one_out(other, batches)).all()
     for score in ("magnitude", "taylor"):
         with pytest.raises(ValueError, match=f"{score} reads the weights, and this model's are quantised"):
-            layer_scores(other, batches, [score])
+            layer_scores(other, batches, methods=[score])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
@@ -505,7 +492,7 @@ def test_estimates_count_what_torch_counts(family):
     pd.testing.assert_series_equal(
         paper, estimate(model.config, tokens=12, max_length=12), check_exact=True
     )  # no weights are needed
-    assert paper.parameters == model.num_parameters() and all(p.is_meta for p in _skeleton(model.config).parameters())
+    assert paper.parameters == model.num_parameters() and all(p.is_meta for p in meta_model(model.config).parameters())
     leave_one_out(model, [batch])  # once a class, a block is tried for the form of what it returns
     for name, work in dict(
         statistics=lambda: collect_stats(model, [batch]), leave_one_out=lambda: removal_losses(model, [batch])
@@ -521,7 +508,7 @@ def test_estimates_count_what_torch_counts(family):
 
 def test_a_plan_is_in_proportion():
     model = tiny("llama")
-    plan, twice = memory_plan(model, 4, 16), memory_plan(model.config, 8, 16, dtype=torch.float32)
+    plan, twice = memory_plan(model, batch_size=4, max_length=16), memory_plan(model.config, batch_size=8, max_length=16, dtype=torch.float32)
     assert plan.loc["weights"].tolist() == [4 * model.num_parameters()] * 3
     for part in ("one block at work", "streams into all blocks"):
         assert (twice.loc[part] == 2 * plan.loc[part]).all()

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pruned(folder, tmp_path_factory):
-    return prune_to_folder(folder, tmp_path_factory.mktemp("out") / "smaller", **SMALL)
+    return prune_to_folder(folder, out=tmp_path_factory.mktemp("out") / "smaller", **SMALL)
 
 
 def failed(capsys, *arguments) -> str:
@@ -85,11 +85,11 @@ def test_a_killed_run_goes_on_to_the_same_folder(folder, pruned, tmp_path, monke
 
     monkeypatch.setattr(avss_nb.shipping, "_save", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune_to_folder(folder, tmp_path / "smaller", **SMALL)
+        prune_to_folder(folder, out=tmp_path / "smaller", **SMALL)
     assert files(tmp_path) == ["smaller.partial"] and not (tmp_path / "smaller.partial" / "model").exists()
     monkeypatch.undo()
     monkeypatch.setattr(avss_nb.shipping, "layer_scores", lambda *args, **options: pytest.fail("measured twice"))
-    again = prune_to_folder(folder, tmp_path / "smaller", **SMALL)
+    again = prune_to_folder(folder, out=tmp_path / "smaller", **SMALL)
     assert files(again) == files(pruned) and files(tmp_path) == ["smaller"]
     for name in ("model.safetensors", "retention.csv", "layer_scores.csv", "README.md", "config.json"):
         assert (again / name).read_bytes() == (pruned / name).read_bytes(), name
@@ -136,7 +136,7 @@ def test_a_folder_that_does_not_bring_the_model_back_is_refused(folder, tmp_path
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", wrong)
     with pytest.raises(RuntimeError, match="does not bring back"):
-        prune_to_folder(folder, tmp_path / "smaller", **SMALL)
+        prune_to_folder(folder, out=tmp_path / "smaller", **SMALL)
     assert not (tmp_path / "smaller").exists()
 
 
@@ -160,7 +160,7 @@ def test_scores_of_another_model_are_refused(folder, tmp_path, capsys, text, mes
 def test_scores_of_your_own(folder, tmp_path):
     pd.DataFrame(dict(mine=[5, 1, 5, 5, 0, 5, 5, 5])).rename_axis("layer").to_csv(tmp_path / "scores.csv")
     out = prune_to_folder(
-        folder, tmp_path / "new", score="mine", scores=tmp_path / "scores.csv", dtype="bfloat16", **SMALL
+        folder, out=tmp_path / "new", score="mine", scores=tmp_path / "scores.csv", dtype="bfloat16", **SMALL
     )
     assert (
         "Removed: layers 1, 4 (counted from 0), the lowest by `mine` of a given table."
@@ -188,10 +188,10 @@ def test_a_healed_model_has_its_own_column_and_goes_on_after_a_kill(folder, prun
 
     monkeypatch.setattr(avss_nb.shipping, "_save", killed)
     with pytest.raises(KeyboardInterrupt):
-        prune_to_folder(folder, tmp_path / "smaller", heal_steps=3, **SMALL)
+        prune_to_folder(folder, out=tmp_path / "smaller", heal_steps=3, **SMALL)
     monkeypatch.undo()
     monkeypatch.setattr(avss_nb.study, "_measure_items", lambda *args: pytest.fail("measured twice"))
-    healed = prune_to_folder(folder, tmp_path / "smaller", heal_steps=3, **SMALL)
+    healed = prune_to_folder(folder, out=tmp_path / "smaller", heal_steps=3, **SMALL)
     assert files(healed) == files(pruned) and files(tmp_path) == ["smaller"]
     card, left = (healed / "README.md").read_text(), pd.read_csv(healed / "retention.csv", index_col=0)
     assert (
@@ -218,5 +218,5 @@ def test_too_little_text_to_heal_on_is_told_at_once(folder, tmp_path, monkeypatc
         avss_nb.shipping, "layer_scores", lambda *args, **options: pytest.fail("measured before it was told")
     )
     with pytest.raises(ValueError, match="training text is too short"):
-        prune_to_folder(folder, tmp_path / "smaller", heal_steps=3, **SMALL)
+        prune_to_folder(folder, out=tmp_path / "smaller", heal_steps=3, **SMALL)
     assert files(tmp_path) == []

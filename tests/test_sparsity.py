@@ -17,7 +17,8 @@ from avss_nb.models import blocks, load_model
 from avss_nb.pruning import measure_removal, paired_difference
 from avss_nb.surgery import skip_layers
 from avss_nb.allocation import _MOST, _spectrum, acttail_plan, greedy_plan, hill_exponent, measure_plans, sparse_variants, weight_exponents
-from avss_nb.sparsity import SPARSITY_RULES, SparseLinear, _column_product, densify_layer, make_sparse, sparsify_layer, _random_mask, projection_sizes, calibrate_thresholds, load_sparse, make_sparse, mean_sparsity, projection_stats, projections, quantile, realised_sparsity, sparsify, top_k, uniform_plan
+from avss_nb.surgery import projections
+from avss_nb.sparsity import SPARSITY_RULES, SparseLinear, _column_product, _random_mask, calibrate_thresholds, densify_layer, load_sparse, make_sparse, make_sparse, mean_sparsity, projection_sizes, projection_stats, quantile, realised_sparsity, sparsify, sparsify_layer, top_k, uniform_plan
 from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
@@ -184,7 +185,7 @@ def test_sparse_map_is_the_dense_map_of_the_masked_input(rule, value, dtype):
         if rule == "top_k"
         else _random_mask(x, 0.5, 7 + 100_003)
     )
-    sparsify_layer(linear, rule, value, 7)
+    sparsify_layer(linear, rule, value, seed=7)
     assert torch.equal(linear(x), expected) and isinstance(linear, nn.Linear)
     densify_layer(linear)
     assert type(linear) is nn.Linear and not {"rule", "value", "sparse_gemv"} & vars(linear).keys()
@@ -201,9 +202,9 @@ def test_sparsify_leaves_nothing(family):
     attributes = [set(vars(m)) for m in model.modules()]
     stats = projection_stats(model, [batch])
     for rule in SPARSITY_RULES:
-        with sparsify(model, uniform_plan(model, 0.0), rule, stats):
+        with sparsify(model, uniform_plan(model, 0.0), rule=rule, stats=stats):
             assert torch.equal(out(model, batch), before)
-        with pytest.raises(RuntimeError, match="inside"), sparsify(model, plan_of(model), rule, stats):
+        with pytest.raises(RuntimeError, match="inside"), sparsify(model, plan_of(model), rule=rule, stats=stats):
             assert sparse_maps(model) == plan_of(model).notna().sum().sum() and not torch.allclose(
                 out(model, batch), before, atol=1e-3
             )
@@ -220,7 +221,7 @@ def test_an_unfinished_entry_is_undone():
     model = tiny("llama")
     sparsify_layer(blocks(model)[3].mlp.down_proj, "top_k", 3)
     with pytest.raises(ValueError, match="sparse already"):
-        with sparsify(model, 0.5, "top_k"):
+        with sparsify(model, 0.5, rule="top_k"):
             pass
     assert sparse_maps(model) == 1
 
@@ -231,7 +232,7 @@ def test_only_what_the_plan_names():
     for i, block in enumerate(blocks(model)):
         for name, m in projections(block).items():
             m.register_forward_hook(lambda m, a, y, key=(i, name): seen.update({key: isinstance(m, SparseLinear)}))
-    with sparsify(model, plan, "top_k"):
+    with sparsify(model, plan, rule="top_k"):
         out(model, batch)
         realised = realised_sparsity(model, [batch])
     assert {key for key, sparse in seen.items() if sparse} == {(1, "q_proj"), (4, "down_proj")}
@@ -244,7 +245,7 @@ def test_realised_is_what_was_asked_for(family, side):
     "Top-k to the unit, thresholds on the dense model's own inputs to a point; padding is not counted. What a ReLU has set to zero is zero already."
     model, batch = tiny(family), batch_of(40, 25, 33, side=side)
     plan, stats = plan_of(model).drop(columns=["fc2", "wo"], errors="ignore"), projection_stats(model, [batch])
-    with sparsify(model, plan, "top_k"):
+    with sparsify(model, plan, rule="top_k"):
         assert (realised_sparsity(model, [batch]).stack().dropna() == 0.5).all()
     for name in {"fc2", "wo"} & set(projections(blocks(model)[0])):
         with sparsify(model, plan_of(model)[[name]], stats=stats):
@@ -260,7 +261,7 @@ def test_calibration_of_the_sparse_model(family):
     model, batch, passes = tiny(family), batch_of(40, 25, 33), []
     plan, before = plan_of(model), out(model, batch)
     handle = blocks(model)[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    stats = projection_stats(model, [batch], plan)
+    stats = projection_stats(model, [batch], plan=plan)
     handle.remove()
     with sparsify(model, plan, stats=stats):
         realised = realised_sparsity(model, [batch])
@@ -279,7 +280,7 @@ def test_calibration_of_the_sparse_model(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert", "t5"])
 def test_answers_do_not_depend_on_the_batch(family, rule):
     model, stats = tiny(family), projection_stats(tiny(family), [batch_of(9, 4, 6)])
-    with sparsify(model, 0.5, rule, stats):
+    with sparsify(model, 0.5, rule=rule, stats=stats):
         both = [
             out(model, b)[row][b["attention_mask"][row] == 1]
             for b in (batch_of(9, 4, 6), batch_of(9, 4, 6, side="left"))
@@ -291,9 +292,9 @@ def test_answers_do_not_depend_on_the_batch(family, rule):
 
 def test_skipped_layers_and_sparse_ones_in_either_order():
     model, batch = tiny("llama"), batch_of(9)
-    with sparsify(model, 0.5, "top_k"), skip_layers(model, [1, 2]):
+    with sparsify(model, 0.5, rule="top_k"), skip_layers(model, [1, 2]):
         one = out(model, batch)
-    with skip_layers(model, [1, 2]), sparsify(model, 0.5, "top_k"):
+    with skip_layers(model, [1, 2]), sparsify(model, 0.5, rule="top_k"):
         other = out(model, batch)
     assert torch.equal(one, other) and not sparse_maps(model)
 
@@ -323,10 +324,10 @@ def test_column_product(threads, bias):
 def test_decoding_by_columns_is_the_masked_dense_form(family, rule, monkeypatch):
     model, ids, calls = tiny(family), batch_of(12)["input_ids"], []
     stats, plain = projection_stats(model, [batch_of(9, 4, 6)]), sparsity._column_product
-    sparse = make_sparse(model, 0.5, rule, stats)
+    sparse = make_sparse(model, 0.5, rule=rule, stats=stats)
     monkeypatch.setattr(sparsity, "_column_product", lambda *args: (calls.append(1), plain(*args))[1])
     with torch.no_grad():
-        with sparsify(model, 0.5, rule, stats):
+        with sparsify(model, 0.5, rule=rule, stats=stats):
             masked = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -354,9 +355,9 @@ def test_decoding_by_columns_is_the_masked_dense_form(family, rule, monkeypatch)
 def test_other_types_and_longer_inputs_take_the_dense_form(monkeypatch):
     monkeypatch.setattr(sparsity, "_column_product", None)
     with torch.no_grad():
-        make_sparse(tiny("llama").bfloat16(), 0.5, "top_k")(torch.tensor([[5]]))
-        make_sparse(tiny("llama"), 0.5, "top_k")(torch.tensor([[5, 6]]))
-        make_sparse(tiny("llama"), 0.5, "top_k", sparse_gemv=False)(torch.tensor([[5]]))
+        make_sparse(tiny("llama").bfloat16(), 0.5, rule="top_k")(torch.tensor([[5]]))
+        make_sparse(tiny("llama"), 0.5, rule="top_k")(torch.tensor([[5, 6]]))
+        make_sparse(tiny("llama"), 0.5, rule="top_k", sparse_gemv=False)(torch.tensor([[5]]))
 
 
 @pytest.fixture
@@ -364,7 +365,7 @@ def folder(tmp_path):
     "A sparse model of five random blocks with the bundled tokenizer, and its folder."
     tokenizer = load_model()[1]
     model = tiny("llama", vocab_size=len(tokenizer))
-    sparse = make_sparse(model, 0.5, "threshold", projection_stats(model, [batch_of(9, 4, 6)]))
+    sparse = make_sparse(model, 0.5, rule="threshold", stats=projection_stats(model, [batch_of(9, 4, 6)]))
     for part in (sparse, tokenizer):
         part.save_pretrained(tmp_path)
     return model, sparse, tmp_path
@@ -380,7 +381,7 @@ def test_a_saved_model_is_as_sparse(folder):
     assert torch.equal(out(load_model(path)[0], batch), out(model, batch)) and not hasattr(
         model.config, "activation_sparsity"
     )  # without it: the dense model
-    assert {p.data_ptr() for p in make_sparse(model, 0.5, "top_k", sparse_gemv=False).parameters()} == {
+    assert {p.data_ptr() for p in make_sparse(model, 0.5, rule="top_k", sparse_gemv=False).parameters()} == {
         p.data_ptr() for p in model.parameters()
     }
 
@@ -411,7 +412,7 @@ def test_greedy_is_the_reference(lazy):
     "Each step adds the same weights and takes the projection of the least block error; written out with masks by hand."
     model, batch = tiny("llama"), batch_of(9, 4, 6)
     stats, step = projection_stats(model, [batch_of(9, 4, 6, seed=1)]), 0.05
-    found = greedy_plan(model, [batch], stats, 0.3, step, lazy=lazy)
+    found = greedy_plan(model, [batch], stats, sparsity=0.3, step=step, lazy=lazy)
     size, inputs = projection_sizes(model).iloc[2], {}
     block = blocks(model)[2]
     handle = block.register_forward_hook(lambda b, a, k, y: inputs.update(args=a, kwargs=k, y=y), with_kwargs=True)
@@ -443,7 +444,7 @@ def test_greedy_is_the_reference(lazy):
 def test_greedy_in_every_family(family):
     model, batch = tiny(family), batch_of(9, 4, 6)
     before = out(model, batch)
-    found = greedy_plan(model, [batch], projection_stats(model, [batch]), 0.4, 0.04)
+    found = greedy_plan(model, [batch], projection_stats(model, [batch]), sparsity=0.4, step=0.04)
     assert mean_sparsity(model, found.loc[0.4].drop(columns="error")) == pytest.approx(0.4) and torch.equal(
         out(model, batch), before
     )
@@ -492,7 +493,7 @@ def test_heavier_tails_are_spared(family, share):
 def test_arms_leave_out_what_they_say():
     "All four as many inputs, of a share that is no round number; by thresholds the first two, calibrated on the sparse model."
     model, text, share = tiny("llama"), [batch_of(9, 4, 6)], 1 / 3
-    path = greedy_plan(model, text, projection_stats(model, text), share, share / 10)
+    path = greedy_plan(model, text, projection_stats(model, text), sparsity=share, step=share / 10)
     variants = {name: make() for name, make in sparse_variants(model, text, share, path, weight_exponents(model)).items()}
     assert [(name, variant.get("rule", "threshold")) for name, variant in variants.items()] == [
         ("uniform", "threshold"),
@@ -506,7 +507,7 @@ def test_arms_leave_out_what_they_say():
         if "stats" in variant:
             assert all(
                 torch.equal(sums, variant["stats"].sums[of])
-                for of, sums in projection_stats(model, text, variant["plan"]).sums.items()
+                for of, sums in projection_stats(model, text, plan=variant["plan"]).sums.items()
             ), name
 
 
@@ -575,7 +576,7 @@ def test_bad_calibration():
     with pytest.raises(ValueError, match="thresholds come from a calibration"):
         sparsify(model, 0.5)
     with pytest.raises(ValueError, match="unknown rule 'topk'"):
-        sparsify(model, 0.5, "topk")
+        sparsify(model, 0.5, rule="topk")
     with pytest.raises(ValueError, match="5 layers, the model has 2"):
         sparsify(tiny("llama", num_hidden_layers=2), 0.5, stats=stats)
     with pytest.raises(ValueError, match="'q_proj' was not collected"):
@@ -606,7 +607,7 @@ def test_bad_allocation():
         with pytest.raises(ValueError, match="lies in"):
             greedy_plan(model, [batch], stats, **bad)
     with pytest.raises(ValueError, match="take a smaller one"):
-        greedy_plan(model, [batch], stats, 0.9, 0.45)
+        greedy_plan(model, [batch], stats, sparsity=0.9, step=0.45)
     with pytest.raises(ValueError, match="there is no text"):
         greedy_plan(model, [], stats)
     with pytest.raises(ValueError, match="at least two"):

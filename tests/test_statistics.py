@@ -117,8 +117,8 @@ def same(a: LayerStats, b: LayerStats, scale: np.ndarray):
 def test_any_split_and_order_adds_up_to_the_same(case, random):
     table, one_way, other_way, _ = case
     model, points = Table(table), ("input", "output", "update")
-    whole = collect_stats(model, one_way, points, REDUCTIONS)
-    pieces = [collect_stats(model, [b], points, REDUCTIONS) for b in other_way if b["token_mask"].any()]
+    whole = collect_stats(model, one_way, points=points, reduce=REDUCTIONS)
+    pieces = [collect_stats(model, [b], points=points, reduce=REDUCTIONS) for b in other_way if b["token_mask"].any()]
     random.shuffle(pieces)
     while len(pieces) > 1:  # added up pair by pair, in any order
         pieces.append(pieces.pop(random.randrange(len(pieces))) + pieces.pop(random.randrange(len(pieces))))
@@ -134,7 +134,7 @@ def test_any_split_and_order_adds_up_to_the_same(case, random):
 def test_sums_by_hand(case):
     table, some, _, skipped = case
     counted = table[[t for t in range(len(table)) if t not in skipped]].astype(float)
-    stats = collect_stats(Table(table), some, ("output",), REDUCTIONS)
+    stats = collect_stats(Table(table), some, points=("output",), reduce=REDUCTIONS)
     for layer, values in enumerate((counted, counted * -0.5)):
         f32 = values.astype(np.float32).astype(float)  # half of a subnormal is rounded
         assert stats.get("output", "count")[layer] == f32.size and stats.get("output", "tokens")[layer] == len(f32)
@@ -219,10 +219,10 @@ def test_exact_quantiles_come_back(a, q):
 def test_normalised_quantities_sum_to_one(table, tau):
     if abs(table).max() < 1e-3 or table.var() < 1e-6:
         return  # constant: there is nothing to share out
-    stats = collect_stats(Table(table), [batch_of([list(range(len(table)))], len(table), False)], ("output",))
+    stats = collect_stats(Table(table), [batch_of([list(range(len(table)))], len(table), False)], points=("output",))
     assert normalized_variance(stats, point="output").sum() == pytest.approx(1)
-    assert sparsity(stats, "output", tau=tau).between(0, 1).all()
-    if (sparsity(stats, "output", tau=tau) > 0).all():
+    assert sparsity(stats, point="output", tau=tau).between(0, 1).all()
+    if (sparsity(stats, point="output", tau=tau) > 0).all():
         shares, cumulated = navss(stats, point="output", tau=tau), cavss(stats, point="output", tau=tau)
         assert (
             shares.sum() == pytest.approx(1)
@@ -244,7 +244,7 @@ def bundled():
         "Why? Because it is so, and not otherwise.",
     ]
     stats = collect_stats(
-        model, batches(texts, tokenizer, batch_size=1, max_length=16), ("output", "relative_update"), REDUCTIONS
+        model, batches(texts, tokenizer, batch_size=1, max_length=16), points=("output", "relative_update"), reduce=REDUCTIONS
     )
     return model, tokenizer, texts, stats
 
@@ -264,21 +264,21 @@ def test_batching_moves_nothing(bundled, data):
     )
     made = batches(data.draw(st.permutations(texts)), tokenizer, max_length=16, **options)
     assert all(b["attention_mask"][:, -1 if options["padding_side"] == "left" else 0].all() for b in made)
-    other = collect_stats(model, made, ("output", "relative_update"), REDUCTIONS)
+    other = collect_stats(model, made, points=("output", "relative_update"), reduce=REDUCTIONS)
     for point in alone.points:
         assert (other.get(point, "count") == alone.get(point, "count")).all()
         for reduce in REDUCTIONS:
-            np.testing.assert_allclose(variance(other, point, reduce), variance(alone, point, reduce), rtol=1e-4)
-        np.testing.assert_allclose(sparsity(other, point), sparsity(alone, point), rtol=1e-4, atol=2e-5)
+            np.testing.assert_allclose(variance(other, point=point, reduce=reduce), variance(alone, point=point, reduce=reduce), rtol=1e-4)
+        np.testing.assert_allclose(sparsity(other, point=point), sparsity(alone, point=point), rtol=1e-4, atol=2e-5)
 
 
 scores = st.lists(st.floats(0, 1e6), min_size=2, max_size=60).map(lambda x: pd.Series(x, dtype=float))
 
 
-def chosen_or_none(*args):
+def chosen_or_none(scores, fraction, rule):
     "The layers, or none where the choice is less than one layer."
     try:
-        return select_layers(*args)
+        return select_layers(scores, fraction=fraction, rule=rule)
     except ValueError as error:
         assert "less than one layer" in str(error)
         return []
@@ -302,7 +302,7 @@ def test_count_takes_the_floor_of_the_fraction(s, percent):
 @given(scores.filter(lambda s: s.sum() > 1e-3), st.integers(1, 99))
 def test_mass_and_authors_stay_below_the_fraction(s, percent):
     total, limit = s.sum(), percent / 100
-    mass, authors = (chosen_or_none(s, limit, rule) for rule in ("mass", "authors"))
+    mass, authors = (chosen_or_none(s, limit, rule) for rule in ("mass", "published_code"))
     assert s[mass].sum() / total <= limit + 1e-9 and s[authors].sum() / total <= limit + 1e-9
     rest = s.drop(mass)
     assert (s[mass].sum() + rest.min()) / total > limit - 1e-9 and (not mass or s[mass].max() <= rest.min())
@@ -311,9 +311,9 @@ def test_mass_and_authors_stay_below_the_fraction(s, percent):
 
 @pytest.mark.parametrize("rule, expected", [("count", [1, 3]), ("mass", [0, 1, 3, 5]), ("authors", [0, 1])])
 def test_choice_by_hand(rule, expected):
-    assert select_layers(pd.Series([4.0, 1, 8, 2, 9, 3, 7, 6]), 0.25, rule) == expected
+    assert select_layers(pd.Series([4.0, 1, 8, 2, 9, 3, 7, 6]), fraction=0.25, rule=rule) == expected
 
 
 def test_a_fraction_that_floating_point_falls_short_of():
     "0.29 · 100 is 28.999999999999996 in floating point."
-    assert len(select_layers(pd.Series(np.arange(100.0)), 0.29)) == 29
+    assert len(select_layers(pd.Series(np.arange(100.0)), fraction=0.29)) == 29

@@ -15,7 +15,7 @@ from conftest import check_page
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-import avss_nb.study
+import avss_nb.report
 from avss_nb.data import load_questions
 from avss_nb.models import load_model
 from avss_nb.report import ANSWER_TABLES, Settings, load_study, main, memory_in_words, run_study, wrong_answers
@@ -74,7 +74,7 @@ def command(model_folder, out):
     return [
         sys.executable,
         "-c",
-        "import sys; from avss_nb.study import main; sys.exit(main())",
+        "import sys; from avss_nb.report import main; sys.exit(main())",
         str(model_folder),
         "--out",
         str(out),
@@ -126,8 +126,8 @@ def test_the_memory_it_takes_is_said_first(finished):
 @pytest.mark.parametrize("free, warned", [(10**12, False), (10**6, True)])
 def test_memory_of_the_bundled_model(monkeypatch, capsys, tmp_path, free, warned):
     "Before anything is measured; more than is free is a warning, no refusal."
-    monkeypatch.setattr(avss_nb.study, "_free", lambda settings: free)
-    monkeypatch.setattr(avss_nb.study, "measure", lambda *args: (_ for _ in ()).throw(OSError("measured")))
+    monkeypatch.setattr(avss_nb.report, "_free", lambda settings: free)
+    monkeypatch.setattr(avss_nb.report, "measure", lambda *args: (_ for _ in ()).throw(OSError("measured")))
     assert main(["smollm2-135m", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     first, *rest, last = said.err.splitlines()
@@ -249,7 +249,7 @@ def test_whole_model_is_the_yardstick(finished):
 
 def test_other_settings_do_not_mix(finished, model_folder):
     with pytest.raises(ValueError, match="holds a run with .*questions=12"):
-        run_study(str(model_folder), finished[0])
+        run_study(str(model_folder), out=finished[0])
 
 
 def test_unfinished_study_is_named(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from avss_nb.data import batches, load_questions
-from avss_nb.confidence import multiple_choice
+from avss_nb.evaluation import multiple_choice
 from avss_nb.evaluation import choose, option_logprobs, text_losses
 from avss_nb.tasks import LOCAL_TASKS, evaluate_tasks, summarize_tasks, task_items
 from avss_nb.models import load_model

@@ -52,7 +52,7 @@ def test_wheel_and_sdist_carry_the_study_notebook(wheel):
         assert z.read("avss_nb/50_report.ipynb") == study
         entry_points = z.read(next(n for n in z.namelist() if n.endswith("entry_points.txt"))).decode()
     assert (
-        "avss_study = avss_nb.study:main" in entry_points
+        "avss_study = avss_nb.report:main" in entry_points
         and "avss_prune = avss_nb.shipping:main" in entry_points
         and "avss_nb = avss_nb._modidx:d" in entry_points
     )
@@ -108,5 +108,5 @@ def test_its_commands_run(installed, tmp_path, command, says):
 
 
 def test_its_report_is_made_from_the_notebook_inside(installed, tmp_path):
-    code = AWAY + "from avss_nb.study import Settings, _report_cells; print(len(_report_cells(Settings(), Path('.'))))"
+    code = AWAY + "from avss_nb.report import Settings, _report_cells; print(len(_report_cells(Settings(), Path('.'))))"
     assert int(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))) > 10
