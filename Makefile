@@ -40,7 +40,7 @@ profile: $(READY)  ## time every section of every chapter, and the functions of 
 	$(BIN)/python bench/chapters.py
 
 studies: $(READY)  ## run the papers' experiments at full size (AVSS_NB_DATA: the folder of the benchmark sets)
-	AVSS_NB_FULL=1 $(BIN)/python nbs/_run.py $(wildcard nbs/2*.ipynb)
+	AVSS_NB_FULL=1 $(BIN)/python nbs/_run.py $(wildcard nbs/*_study_*.ipynb)
 
 run: $(READY)  ## run the chapters and store their outputs (NBS="nbs/13_metrics.ipynb" for some of them)
 	$(BIN)/python nbs/_run.py $(NBS)

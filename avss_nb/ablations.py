@@ -121,11 +121,10 @@ def held_out_items(
     tests: dict[str, Dataset],  # held-out questions by set
     texts: Sequence[str] = (),  # running text
     *,
-    sentences: Dataset = None,  # with labels of sentiment
+    sentences: Dataset | None = None,  # with labels of sentiment
     rules: dict = {},  # set -> rule or judge of `label_answers`; default `alias`; None: no answers in free-form generation
-    best_only: Iterable[
-        str
-    ] = None,  # sets of which the first right answer alone is an option; default all but truthfulqa and wikiqa
+    best_only: Iterable[str]
+    | None = None,  # sets of which the first right answer alone is an option; default all but truthfulqa and wikiqa
     max_length: int = 256,  # tokens of each text
     **options,  # of `generate_answers`
 ) -> pd.DataFrame:  # index (set, measure); `item`, `value`, `tokens` (of a text, else 1)
@@ -178,7 +177,7 @@ def run_variants(
     measure: Callable[[nn.Module], pd.DataFrame],  # gives what `held_out_items` gives
     *,
     seeds: Iterable[int] = (0, 1, 2),  # a training of each variant with each
-    out: str | Path = None,  # a folder for tables and checkpoints: a stopped run goes on there
+    out: str | Path | None = None,  # a folder for tables and checkpoints: a stopped run goes on there
     progress: bool = False,
     **options,  # of `contrastive_tune`, for all variants
 ) -> pd.DataFrame:  # index (variant, run, set, measure); `item, value, tokens`; a run is named by its draw and its seed
@@ -320,10 +319,9 @@ def plot_variants(
     panels: list[tuple[str, str]]
     | dict[tuple[str, str], str],  # (set, measure) of each panel; with its title in a dictionary
     *,
-    axes: Iterable[plt.Axes] = None,
-    order: list[
-        str
-    ] = None,  # of the variants, from the top; default: as in the table, without the one whose gain is always 0
+    axes: Iterable[plt.Axes] | None = None,
+    order: list[str]
+    | None = None,  # of the variants, from the top; default: as in the table, without the one whose gain is always 0
 ) -> list[plt.Axes]:
     "What each variant gains, with its interval; a panel a measure."
     axes = list(

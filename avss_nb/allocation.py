@@ -44,7 +44,9 @@ def _calls(model: nn.Module, batches: Iterable[dict]) -> list[list[tuple]]:
         for calls, block in zip(found, blocks(model)):
             handles.append(
                 block.register_forward_hook(
-                    lambda b, args, kwargs, out, calls=calls: calls.append((args, kwargs, mask, hidden_state(out)[mask])),
+                    lambda b, args, kwargs, out, calls=calls: calls.append(
+                        (args, kwargs, mask, hidden_state(out)[mask])
+                    ),
                     with_kwargs=True,
                 )
             )
@@ -117,7 +119,7 @@ def greedy_plan(
     sparsity: float = 0.5,  # of each block, up to which the path goes
     step: float = 0.01,  # of a block's sparsity
     lazy: bool = True,  # try again only the projections that were ahead when last tried
-    layers: Iterable[int] = None,  # default: all
+    layers: Iterable[int] | None = None,  # default: all
     progress: bool = False,
 ) -> pd.DataFrame:  # index (sparsity, layer); one column per projection, and `error`; without it `.loc[.5]` is a plan
     """TEAL's Algorithm 1 (arXiv 2408.14690): in each block, raise one projection at a time, all by as many weights, and each time the one that leaves the
@@ -228,9 +230,9 @@ def measure_plans(
         str, dict | None
     ],  # name -> options of `sparsify`, and `skip`: layers that are skipped besides; None: the base model
     texts: list[str],
-    questions: Dataset = None,  # with distractors
+    questions: Dataset | None = None,  # with distractors
     *,
-    out: str | Path = None,  # a folder that keeps each variant's answers under its name
+    out: str | Path | None = None,  # a folder that keeps each variant's answers under its name
     max_length: int = 256,  # tokens of each text
     progress: bool = False,
 ) -> (

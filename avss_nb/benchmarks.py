@@ -242,10 +242,17 @@ def _triviaqa(folder: Path | None, split: str = "test") -> list[dict]:
     else:
         repo, part = "mandarjoshi/trivia_qa", dict(test="validation").get(split, split)
         found = from_hub(
-            repo, part, "triviaqa", folder, dict(question_id=str, question=str, answer=dict), config="unfiltered.nocontext"
+            repo,
+            part,
+            "triviaqa",
+            folder,
+            dict(question_id=str, question=str, answer=dict),
+            config="unfiltered.nocontext",
         )
         answers = [
-            checked_questions(r["answer"], dict(value=str, aliases=list[str]), f"{repo} ({part})", f"the answer of row {i}")
+            checked_questions(
+                r["answer"], dict(value=str, aliases=list[str]), f"{repo} ({part})", f"the answer of row {i}"
+            )
             for i, r in enumerate(found)
         ]
         return [
@@ -335,12 +342,16 @@ def _squad(folder: Path | None, split: str = "validation") -> list[dict]:
                     for q, r in enumerate(part["qas"])
                 ]
                 found += [r | dict(context=part["context"]) for r in asked]
-        texts = lambda r: [checked_questions(x, dict(text=str), file, f"an answer of {r['id']}")["text"] for x in r["answers"]]
-    else:
-        found = from_hub("rajpurkar/squad", split, "squad", folder, dict(id=str, question=str, context=str, answers=dict))
-        texts = lambda r: checked_questions(r["answers"], dict(text=list[str]), "rajpurkar/squad", f"the answers of {r['id']}")[
-            "text"
+        texts = lambda r: [
+            checked_questions(x, dict(text=str), file, f"an answer of {r['id']}")["text"] for x in r["answers"]
         ]
+    else:
+        found = from_hub(
+            "rajpurkar/squad", split, "squad", folder, dict(id=str, question=str, context=str, answers=dict)
+        )
+        texts = lambda r: checked_questions(
+            r["answers"], dict(text=list[str]), "rajpurkar/squad", f"the answers of {r['id']}"
+        )["text"]
     return [
         _raw(f"squad/{r['id']}", r["question"], [a for a, _ in Counter(texts(r)).most_common()], [], r["context"])
         for r in found
@@ -395,9 +406,9 @@ QUESTIONS["halueval"] = QuestionSet("halueval", dict(all=_halueval))
 
 # %% ../nbs/90_benchmarks.ipynb #9c054ab5
 def count_questions(
-    names: str | list[str] = None,  # default: all sets of this chapter
+    names: str | list[str] | None = None,  # default: all sets of this chapter
     *,
-    path: str | Path = None,  # the data folder instead of AVSS_NB_DATA
+    path: str | Path | None = None,  # the data folder instead of AVSS_NB_DATA
 ) -> pd.DataFrame:  # index (set, part)
     """What became of each part's rows: `rows` read; dropped as `repeats` or as questions of the parts before (`elsewhere`), left out as
     `unanswered`; `questions` kept. Distractors dropped as `equal` or `near` to a right answer; `distractors` kept, of which so many name one

@@ -63,7 +63,7 @@ def score_texts(
         "block_influence",
         "leave_one_out",
     ),  # leave_one_out, those of `FROM_STATS`, `FROM_DOWNSTREAM`
-    losses: pd.DataFrame = None,  # from `removal_losses` over the same batches, if they are there already
+    losses: pd.DataFrame | None = None,  # from `removal_losses` over the same batches, if they are there already
     progress: bool = False,
 ) -> TextScores:
     "Measure every text by itself; ValueError for a method whose scores do not add up over texts, or for one text only."
@@ -77,9 +77,12 @@ def score_texts(
     if len({text for text, _ in parts}) < 2:
         raise ValueError("how sure a score is takes at least two texts")
     read = dict(
-        read=lambda b: read_layers(model, b, reduce=("elements", "samples")), downstream=lambda b: downstream_stats(model, b)
+        read=lambda b: read_layers(model, b, reduce=("elements", "samples")),
+        downstream=lambda b: downstream_stats(model, b),
     )
-    wanted = [kind for kind, table in dict(read=FROM_STATS, downstream=FROM_DOWNSTREAM).items() if set(methods) & set(table)]
+    wanted = [
+        kind for kind, table in dict(read=FROM_STATS, downstream=FROM_DOWNSTREAM).items() if set(methods) & set(table)
+    ]
     stats, tokens = {kind: {} for kind in wanted}, {}
     for text, part in tqdm(parts, desc="texts", disable=not progress):
         tokens[text] = tokens.get(text, 0) + int(part["token_mask"].sum())

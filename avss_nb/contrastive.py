@@ -41,10 +41,10 @@ from .training import last_checkpoint, seeded_rng, train_adapter, trainer_argume
 def _similarities(
     anchor: torch.Tensor,
     positive: torch.Tensor,
-    negatives: torch.Tensor = None,
-    keep: torch.Tensor = None,
-    groups: torch.Tensor = None,
-    in_batch: bool = None,
+    negatives: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
+    in_batch: bool | None = None,
 ) -> torch.Tensor:
     "(B, 1 + N) cosines of the anchors with their positive, then with their negatives; −inf where there is none. ValueError for shapes that do not fit."
     if anchor.ndim != 2 or anchor.shape != positive.shape:
@@ -65,12 +65,12 @@ def _similarities(
 def info_nce(
     anchor: torch.Tensor,  # (B, D)
     positive: torch.Tensor,  # (B, D)
-    negatives: torch.Tensor = None,  # (B, K, D); default: the other rows' positives
+    negatives: torch.Tensor | None = None,  # (B, K, D); default: the other rows' positives
     *,
     temperature: float = 0.1,  # τ: the smaller, the more the nearest negative counts
-    keep: torch.Tensor = None,  # (B, K) bool: which negatives are there
-    groups: torch.Tensor = None,  # (B,): rows of one group are no negatives of each other
-    in_batch: bool = None,  # the other rows' positives too; default: only where no negatives are given
+    keep: torch.Tensor | None = None,  # (B, K) bool: which negatives are there
+    groups: torch.Tensor | None = None,  # (B,): rows of one group are no negatives of each other
+    in_batch: bool | None = None,  # the other rows' positives too; default: only where no negatives are given
 ) -> torch.Tensor:  # scalar, nats; 0 for a row without negatives
     "InfoNCE over cosines, mean of the rows (arXiv 1807.03748; the second paper's own form is not published). ValueError for shapes that do not fit."
     if not temperature > 0:
@@ -82,12 +82,12 @@ def info_nce(
 def triplet_loss(
     anchor: torch.Tensor,  # (B, D)
     positive: torch.Tensor,  # (B, D)
-    negatives: torch.Tensor = None,  # (B, K, D); default: the other rows' positives
+    negatives: torch.Tensor | None = None,  # (B, K, D); default: the other rows' positives
     *,
     margin: float = 0.2,  # m, of a cosine
-    keep: torch.Tensor = None,  # as in `info_nce`, like the rest
-    groups: torch.Tensor = None,
-    in_batch: bool = None,
+    keep: torch.Tensor | None = None,  # as in `info_nce`, like the rest
+    groups: torch.Tensor | None = None,
+    in_batch: bool | None = None,
 ) -> torch.Tensor:  # scalar, 0 to 2 + margin; 0 where there is no negative
     "Mean of max(0, m + cos(a, n) − cos(a, p)) over all pairs that there are (arXiv 1503.03832, on cosines). ValueError for shapes that do not fit."
     if not margin >= 0:
@@ -103,7 +103,7 @@ def prototype_loss(
     states: torch.Tensor,  # (N, D), of answers
     classes: torch.Tensor,  # (N,) whole numbers from 0: 0 right, 1 wrong
     *,
-    prototypes: torch.Tensor = None,  # (C, D); default: the mean direction of each class among these states
+    prototypes: torch.Tensor | None = None,  # (C, D); default: the mean direction of each class among these states
     temperature: float = 0.1,
 ) -> torch.Tensor:  # scalar, nats
     "Cross-entropy of each state's cosines with the prototypes (after TSV, arXiv 2503.01917; our reading). ValueError for a class without a state or a prototype."
@@ -123,7 +123,7 @@ def prototype_loss(
 def likelihood_contrast(
     logprobs: torch.Tensor,  # (B, 1 + K): log-probability of the right answer, then of wrong ones; nats, summed over tokens
     *,
-    keep: torch.Tensor = None,  # (B, K) bool: which wrong ones are there
+    keep: torch.Tensor | None = None,  # (B, K) bool: which wrong ones are there
     temperature: float = 1.0,
 ) -> torch.Tensor:  # scalar, nats; 0 for a row without wrong answers
     "−log softmax of the right answer among all, mean of the rows (our reading: contrastive learning on likelihoods). ValueError for a temperature that is not above 0."
@@ -296,7 +296,7 @@ def contrast_losses(
     lm: bool = True,  # the language-model term too
     point: str = "output",  # `output`, `update` or `relative_update`
     pooling: str = "mean",  # of an answer's states, of `POOLINGS`
-    temperature: float = None,  # default .1, for `likelihood` 1
+    temperature: float | None = None,  # default .1, for `likelihood` 1
     margin: float = 0.2,  # of `triplet`
 ) -> dict[str, torch.Tensor]:  # scalars; `lm`: nats/token of the right answers; `contrast`: mean over the layers
     "The two terms of the training loss on one batch of questions with their answers."
@@ -327,7 +327,11 @@ def _contrast(objective, prompts, answers, gold, wrong, keep, temperature, margi
             temperature=temperature,
         )
     args = prompts[gold], answers[gold], answers[wrong]
-    return info_nce(*args, temperature=temperature, keep=keep) if objective == "info_nce" else triplet_loss(*args, margin=margin, keep=keep)
+    return (
+        info_nce(*args, temperature=temperature, keep=keep)
+        if objective == "info_nce"
+        else triplet_loss(*args, margin=margin, keep=keep)
+    )
 
 # %% ../nbs/33_contrastive.ipynb #82af5afe
 def rows_key(rows: list[dict]) -> str:
@@ -361,7 +365,10 @@ class FrozenPrefix:
             self._run(
                 model,
                 batch_rows(
-                    [(i, r["prompt"] + r["answer"]) for i, r in enumerate(rows)], tokenizer, batch_size=batch_size, padding_side="right"
+                    [(i, r["prompt"] + r["answer"]) for i, r in enumerate(rows)],
+                    tokenizer,
+                    batch_size=batch_size,
+                    padding_side="right",
                 ),
                 progress,
             )
@@ -389,7 +396,13 @@ class _Tuner(Trainer):
     "A Trainer with the two terms; blocks below the lowest trained one are passed over where their states are known."
 
     def __init__(
-        self, *args, terms: Callable, lm_weight: float, contrast_weight: float, on_step: Callable = None, **kwargs
+        self,
+        *args,
+        terms: Callable,
+        lm_weight: float,
+        contrast_weight: float,
+        on_step: Callable | None = None,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.terms, self.weights, self.on_step = terms, dict(lm=lm_weight, contrast=contrast_weight), on_step
@@ -423,7 +436,9 @@ def _above(model: nn.Module, hidden: torch.Tensor | None, first: int):
     model_layers = blocks(model)
     with replaced_blocks(
         model,
-        {} if hidden is None else {i: PassThrough(model_layers[i], hidden if i == first - 1 else None) for i in range(first)},
+        {}
+        if hidden is None
+        else {i: PassThrough(model_layers[i], hidden if i == first - 1 else None) for i in range(first)},
     ):
         yield
 
@@ -578,7 +593,7 @@ def contrastive_tune(
     negatives: int = 3,  # a question, at most
     point: str = "output",  # where states are read: `output`, `update`, `relative_update`
     pooling: str = "mean",  # of an answer's states: `mean`, `last`
-    temperature: float = None,  # default .1, for `likelihood` 1
+    temperature: float | None = None,  # default .1, for `likelihood` 1
     margin: float = 0.2,
     template: str = "Question: {question}\nAnswer:",
     end: str = "\n",  # behind each answer
@@ -586,9 +601,9 @@ def contrastive_tune(
     batch_size: int = 4,  # questions a step, each with all its answers
     learning_rate: float = 1e-3,  # at its peak: a twentieth of the steps up, then a cosine down
     rank: int = 8,  # of the corrections; α is twice as much
-    targets: Iterable[str] = None,  # names of linear maps; default all of the blocks
+    targets: Iterable[str] | None = None,  # names of linear maps; default all of the blocks
     reuse: bool | FrozenPrefix = True,  # run the blocks below the lowest trained one once; one that is at hand is used
-    out: str | Path = None,  # a folder for checkpoints: a stopped run goes on there
+    out: str | Path | None = None,  # a folder for checkpoints: a stopped run goes on there
     seed: int = 0,
     save_every: int = 50,  # steps between checkpoints
     progress: bool = False,
@@ -638,9 +653,19 @@ def contrastive_tune(
         folder = RunDirectory.open(out, recipe, note="contrastive.json", counts=counts).folder if out else Path(spare)
         prefix = _prefix(reuse, model, tokenizer, rows, first, progress)
         data = _ByQuestion(rows, tokenizer.pad_token_id, prefix, first, objective is not None)
-        arguments = trainer_arguments(folder, model, steps, batch_size, learning_rate, seed, save_every if out else None)
+        arguments = trainer_arguments(
+            folder, model, steps, batch_size, learning_rate, seed, save_every if out else None
+        )
         terms = lambda m, batch: contrast_losses(
-            m, batch, layers, objective=objective, lm=bool(lm_weight), point=point, pooling=pooling, temperature=temperature, margin=margin
+            m,
+            batch,
+            layers,
+            objective=objective,
+            lm=bool(lm_weight),
+            point=point,
+            pooling=pooling,
+            temperature=temperature,
+            margin=margin,
         )
 
         def make(student, log_step):
@@ -657,7 +682,9 @@ def contrastive_tune(
             )
 
         with seeded_rng(seed):
-            return train_adapter(model, config, make, arguments, on_step=on_step, progress="training" if progress else None)
+            return train_adapter(
+                model, config, make, arguments, on_step=on_step, progress="training" if progress else None
+            )
 
 # %% ../nbs/33_contrastive.ipynb #a98585ce
 def contrastive_cosines(
@@ -665,7 +692,7 @@ def contrastive_cosines(
     tokenizer: PreTrainedTokenizerBase,
     answers: Dataset,  # `prompt_tokens, answer_tokens`, as from `generate_answers`; none without a token
     *,
-    layers: Iterable[int] = None,  # default: all blocks
+    layers: Iterable[int] | None = None,  # default: all blocks
     point: str = "output",
     pooling: str = "mean",
     batch_size: int = 16,
@@ -703,4 +730,6 @@ def contrastive_score(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, answers: Dataset, layers: Iterable[int], **options
 ) -> pd.Series:
     "One less the mean cosine over these layers, one row per answer: higher = more uncertain. Options and errors of `contrastive_cosines`."
-    return (1 - contrastive_cosines(model, tokenizer, answers, layers=layers, **options).mean(axis=1)).rename("contrastive")
+    return (1 - contrastive_cosines(model, tokenizer, answers, layers=layers, **options).mean(axis=1)).rename(
+        "contrastive"
+    )

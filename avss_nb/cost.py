@@ -118,12 +118,10 @@ def memory_plan(
     *,
     batch_size: int = 8,
     max_length: int = 256,
-    dtype: torch.dtype = None,  # default: the model's
-    bits: int = None,  # 8 or 4: the blocks' linear maps are quantised
+    dtype: torch.dtype | None = None,  # default: the model's
+    bits: int | None = None,  # 8 or 4: the blocks' linear maps are quantised
     points: int = 2,  # reading points
-) -> (
-    pd.DataFrame
-):  # bytes: columns `statistics`, `leave_one_out` (memory of one process at work) and `disk`; one row per part, and `total`
+) -> pd.DataFrame:  # bytes: columns `statistics`, `leave_one_out` (memory of one process at work) and `disk`; one row per part, and `total`
     "What a run will take, beside Python and its libraries (our arithmetic; within a third of what chapter Scale measures). ValueError for other bits."
     if bits not in (None, 8, 4):
         raise ValueError(f"bits is 8 or 4, not {bits}")

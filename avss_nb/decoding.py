@@ -140,7 +140,9 @@ class _Contrast:
         kept = slice(-kept, None) if isinstance(kept, int) else kept
         final = out.logits.float().log_softmax(-1)
         self.check(model, final, kept)
-        scores = contrast(final, _furthest(final, self.exits(model, self.layers, kept)), alpha=self.alpha, outside=self.outside)
+        scores = contrast(
+            final, _furthest(final, self.exits(model, self.layers, kept)), alpha=self.alpha, outside=self.outside
+        )
         if self.penalty != 1:
             scores = self.penalize(scores, args, kwargs, out, kept)
         self.states.clear()
@@ -200,7 +202,7 @@ def dola_generate(
     *,
     alpha: float = 0.1,
     repetition_penalty: float = 1.0,
-    out: str | Path = None,  # a folder to keep answers in, and to go on from
+    out: str | Path | None = None,  # a folder to keep answers in, and to go on from
     **options,  # of `generate_answers`
 ) -> Dataset:  # as `generate_answers`; `logprobs, entropies` (nats) are those of the contrasted distribution
     "Answers by layer contrast (DoLa, arXiv 2309.03883); errors as in `dola` and `generate_answers`."
@@ -320,7 +322,7 @@ def abstain(
     risk: float,  # share of wrong ones among the answers given, at most
     *,
     confidence: float = 0.95,  # chance, over calibration answers, that the promise holds
-    grid: Iterable[float] = None,  # thresholds fixed beforehand; default: by numbers of calibration answers
+    grid: Iterable[float] | None = None,  # thresholds fixed beforehand; default: by numbers of calibration answers
     steps: int = 20,  # of the default
 ) -> Abstention:
     """The highest threshold whose risk is shown to be at most `risk`, for answers drawn as these were (fixed-sequence testing, arXiv 2110.01052,
@@ -369,8 +371,8 @@ def held_out_risk(
     risk: float,
     *,
     confidence: float = 0.95,
-    groups: Iterable = None,  # the question of each answer; default: each its own
-    fitted: dict[str, Detector] = None,  # detectors that learn from one half of the first half
+    groups: Iterable | None = None,  # the question of each answer; default: each its own
+    fitted: dict[str, Detector] | None = None,  # detectors that learn from one half of the first half
     seeds: Iterable[int] = range(100),  # of the halves
     **options,  # of `abstain`
 ) -> tuple[

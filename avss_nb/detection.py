@@ -90,7 +90,7 @@ def _measures(
 MEASURES = ("auroc", "auprc", "prr")
 
 
-def check_scores(name: str, scores: np.ndarray, *, rows: Sequence = None) -> np.ndarray:
+def check_scores(name: str, scores: np.ndarray, *, rows: Sequence | None = None) -> np.ndarray:
     "Scores as floats; FloatingPointError naming the detector and the first answer without a finite one."
     scores = np.asarray(scores, float)
     if (bad := np.flatnonzero(~np.isfinite(scores))).size:
@@ -145,7 +145,10 @@ def risk_coverage(
     """Share of hallucinated answers among the least uncertain k of n, for k = 1 … n, ties shared, and its mean over k
     (area under the risk–coverage curve, 0 to 1, lower is better). ValueError where no answer is right or wrong."""
     wrong, kept = judged(labels)
-    wrong, scores = wrong[kept], check_scores("scores", np.asarray(list(scores), float)[kept], rows=np.flatnonzero(kept))
+    wrong, scores = (
+        wrong[kept],
+        check_scores("scores", np.asarray(list(scores), float)[kept], rows=np.flatnonzero(kept)),
+    )
     if not len(wrong):
         raise ValueError(f"none of {len(kept)} answers is labelled right or wrong")
     k = np.arange(1, len(wrong) + 1)
@@ -161,9 +164,8 @@ def risk_coverage(
 def semantic_entropy(
     clusters: Sequence[Hashable],  # of each sampled answer to one question: what it says
     *,
-    logprobs: Iterable[
-        float
-    ] = None,  # of each sample, nats: weigh by probability; default: every sample counts the same
+    logprobs: Iterable[float]
+    | None = None,  # of each sample, nats: weigh by probability; default: every sample counts the same
 ) -> float:  # nats; 0 = all say the same
     "Entropy over clusters of samples (arXiv 2302.09664; discrete: Farquhar et al. 2024); ValueError for fewer than two samples."
     if len(clusters) < 2:
@@ -217,9 +219,12 @@ def detector_scores(
     answers: Dataset | pd.DataFrame,  # `id, sample, answer, answer_tokens, logprobs, entropies`, one row per answer
     *,
     normalize: Callable[[str], str] = normalize_answer,  # answers equal under it are one cluster
-    states: np.ndarray = None,  # (answers, width), or (answers, layers, width) from `answer_states`, for EigenScore
-    layer: int = None,  # of `states`; default the middle one, as published
-) -> pd.DataFrame:  # one row per answer, numbered from 0; one column per detector, higher = more uncertain, `length` first
+    states: np.ndarray
+    | None = None,  # (answers, width), or (answers, layers, width) from `answer_states`, for EigenScore
+    layer: int | None = None,  # of `states`; default the middle one, as published
+) -> (
+    pd.DataFrame
+):  # one row per answer, numbered from 0; one column per detector, higher = more uncertain, `length` first
     """Scores that need no labels. Semantic entropy and EigenScore are of a question's samples (`sample` > 0) and stand at each of its
     answers; columns are there when samples (and states) are. NaN where undefined: an empty answer, a question with fewer than two samples."""
     table = answer_table(answers, _NEEDED)
@@ -321,7 +326,9 @@ Detector = Callable[
 ]  # rows to learn from, rows to score -> a score for each of the latter
 
 
-def _ready(labels: Iterable, groups: Iterable = None, n: int = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _ready(
+    labels: Iterable, groups: Iterable | None = None, n: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Hallucinated (answers,), the rows that are right or wrong, and the number of each answer's question; ValueError for lengths that differ."
     wrong, kept = judged(labels)
     groups = np.arange(len(wrong)) if groups is None else pd.factorize(pd.Series(list(groups), dtype=object))[0]
@@ -358,7 +365,7 @@ def out_of_fold(
     detector: Detector,
     labels: Iterable,  # as in `evaluate_detectors`
     *,
-    groups: Iterable = None,  # the question of each answer; default: each its own
+    groups: Iterable | None = None,  # the question of each answer; default: each its own
     n_folds: int = 5,
     seed: int = 0,
 ) -> np.ndarray:  # (answers,): NaN where an answer is neither right nor wrong
@@ -400,8 +407,8 @@ def probe_detector(
     states: np.ndarray,  # (answers, layers, width) from `answer_states`, or (answers, width)
     labels: Iterable,  # as in `evaluate_detectors`
     *,
-    groups: Iterable = None,  # the question of each answer
-    layer: int = None,  # default: the one with the best AUROC in folds of the answers to learn from
+    groups: Iterable | None = None,  # the question of each answer
+    layer: int | None = None,  # default: the one with the best AUROC in folds of the answers to learn from
     C: float = 1e-2,  # inverse strength of the L2 penalty
     n_folds: int = 3,  # for the choice of the layer
 ) -> Detector:
@@ -418,8 +425,8 @@ def probe_scores(
     states: np.ndarray,
     labels: Iterable,
     *,
-    groups: Iterable = None,
-    layers: Iterable[int] = None,  # default: all
+    groups: Iterable | None = None,
+    layers: Iterable[int] | None = None,  # default: all
     n_folds: int = 5,
     C: float = 1e-2,
     seed: int = 0,
@@ -427,7 +434,16 @@ def probe_scores(
     "Out-of-fold log-odds of a probe at each layer: no answer is scored by a probe that saw its question."
     layers = range(states.shape[1] if np.ndim(states) == 3 else 1) if layers is None else layers
     return pd.DataFrame(
-        {l: out_of_fold(probe_detector(states, labels, groups=groups, layer=l, C=C), labels, groups=groups, n_folds=n_folds, seed=seed) for l in layers}
+        {
+            l: out_of_fold(
+                probe_detector(states, labels, groups=groups, layer=l, C=C),
+                labels,
+                groups=groups,
+                n_folds=n_folds,
+                seed=seed,
+            )
+            for l in layers
+        }
     ).rename_axis(columns="layer")
 
 # %% ../nbs/32_detection.ipynb #367eec70
@@ -444,7 +460,7 @@ def eavss_ranking(
 
 
 def probe_ranking(
-    states: np.ndarray, labels: Iterable, *, groups: Iterable = None, C: float = 1e-2, n_folds: int = 3
+    states: np.ndarray, labels: Iterable, *, groups: Iterable | None = None, C: float = 1e-2, n_folds: int = 3
 ) -> Ranking:
     "AUROC of an out-of-fold probe at each layer of `states` (answers, layers, width), within the rows to learn from."
     wrong, _, groups = _ready(labels, groups, len(states))
@@ -466,7 +482,7 @@ def eavss_detector(
     labels: Iterable,  # as in `evaluate_detectors`
     *,
     k: int = 3,  # layers
-    ranking: Ranking = None,  # which layers; default `eavss_ranking`
+    ranking: Ranking | None = None,  # which layers; default `eavss_ranking`
 ) -> Detector:
     "Mean over the k first layers of the standardised feature, turned so that hallucinated is higher; layers, scale and direction from train alone. ValueError for labels of other answers, or a k that is out of range."
     features, (wrong, kept) = np.asarray(features, float), judged(labels)
@@ -496,7 +512,7 @@ def mahalanobis_detector(
     states: np.ndarray,  # (answers, layers, width), or (answers, width)
     labels: Iterable,
     *,
-    layer: int = None,  # default: the middle one
+    layer: int | None = None,  # default: the middle one
 ) -> Detector:
     "Squared Mahalanobis distance of a state from the faithful answers of train (Lee et al. 2018, one class; shrunk covariance of Ledoit and Wolf)."
     x, (wrong, _) = np.asarray(_layer(states, layer, len(states)), float), judged(labels)
@@ -533,10 +549,9 @@ def evaluate_detectors(
     scores: pd.DataFrame,  # one row per answer, one column per detector, as from `detector_scores`; higher = more uncertain
     labels: Iterable,  # of each row: right, wrong, empty or refused; or booleans, True = hallucinated
     *,
-    groups: Iterable = None,  # the question of each row; default: each row its own
-    fitted: dict[
-        str, Detector
-    ] = None,  # detectors that learn from one half of the questions; they get row numbers of `scores`
+    groups: Iterable | None = None,  # the question of each row; default: each row its own
+    fitted: dict[str, Detector]
+    | None = None,  # detectors that learn from one half of the questions; they get row numbers of `scores`
     seeds: Iterable[int] = range(10),  # of the halves
     level: float = 0.95,
     n_resamples: int = 1000,
@@ -612,12 +627,14 @@ def ranking_value(
     features: np.ndarray,  # (answers, layers): a statistic of each answer, as a logarithm
     labels: Iterable,  # as in `evaluate_detectors`
     *,
-    groups: Iterable = None,  # the question of each answer
+    groups: Iterable | None = None,  # the question of each answer
     ranking: Ranking
-    | dict = None,  # on trial; or {name: ranking}, the first on trial, the others rivals; default `eavss_ranking`
+    | dict
+    | None = None,  # on trial; or {name: ranking}, the first on trial, the others rivals; default `eavss_ranking`
     k: int = 3,  # layers
     baseline: Sequence = (),  # (answers,) each, e.g. (length, log-probability); or (answers, columns)
-    sets: Iterable = None,  # the data set of each answer: test on each after learning from the others; default: halves
+    sets: Iterable
+    | None = None,  # the data set of each answer: test on each after learning from the others; default: halves
     seeds: Iterable[int] = range(10),  # of the halves
     n_random: int = 10,  # random choices of k layers for each split
     n_folds: int = 5,  # of the part that is tested
@@ -652,7 +669,9 @@ def ranking_value(
         folds = _split(wrong, test, groups, n_folds, seed, f"set {name!r}: " if sets is not None else "")
         for variant, choices in _arms(rankings, train, x.shape[1], k, n_random, rng).items():
             scores = [_over_folds(np.hstack([known, x[:, layers]]), wrong, folds)[test] for layers in choices]
-            found.setdefault(variant, []).append(np.mean([_measures(s, wrong[test], draws[:, test])[0] for s in scores], 0))
+            found.setdefault(variant, []).append(
+                np.mean([_measures(s, wrong[test], draws[:, test])[0] for s in scores], 0)
+            )
             chosen.setdefault(variant, []).extend(choices)
     return _value_table(
         {variant: np.array(a) for variant, a in found.items()}, chosen, k, level, parts if sets is not None else ()
@@ -672,6 +691,8 @@ def _value_table(
             zip(("over_random", "over_random_low", "over_random_high"), _mean_and_ends(values - random, level))
         )
         often = pd.Series(np.concatenate(chosen[variant])).value_counts().sort_index(kind="stable")
-        table[variant]["layers"] = [] if variant == f"random {k}" else sorted(often.nlargest(k).index.astype(int).tolist())
+        table[variant]["layers"] = (
+            [] if variant == f"random {k}" else sorted(often.nlargest(k).index.astype(int).tolist())
+        )
         table[variant] |= {name: values[i, 0] - base[i, 0] for i, name in enumerate(sets)}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("variant")

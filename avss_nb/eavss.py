@@ -80,7 +80,7 @@ class AnswerStats:
         self,
         sums: dict[str, torch.Tensor],
         lengths: Sequence[int],  # answer tokens of each answer, the whole of it
-        ids: Sequence[str] = None,  # question of each answer; default: each has its own
+        ids: Sequence[str] | None = None,  # question of each answer; default: each has its own
         tokens: str = "answer",
     ):  # what was counted: "answer" or "first"
         self.sums, self.lengths, self.tokens = sums, np.asarray(lengths, dtype=np.int64), tokens
@@ -127,7 +127,7 @@ class AnswerStats:
 def _thresholds(
     self: AnswerStats,
     point: str = "relative_update",
-    eps: float | Sequence[float] = None,  # absolute, one for all layers or one for each
+    eps: float | Sequence[float] | None = None,  # absolute, one for all layers or one for each
     tau: float = 0.05,  # without `eps`: τ·RMS of each layer over the answers
     rows=slice(None),
 ) -> np.ndarray:  # over some of the answers
@@ -176,7 +176,7 @@ def answer_sparsity(
     stats: AnswerStats,
     *,
     point: str = "relative_update",
-    eps: float | Sequence[float] = None,  # absolute; one a layer is possible: the thresholds of other answers
+    eps: float | Sequence[float] | None = None,  # absolute; one a layer is possible: the thresholds of other answers
     tau: float = 0.05,  # without `eps`: τ·RMS of the layer over all these answers
 ) -> pd.DataFrame:  # one row per answer, one column per layer
     "S of each answer: the share of its activations that are nearly zero."
@@ -312,8 +312,8 @@ def answer_stats(
     points: Iterable[str] = ("output", "relative_update"),  # of `avss_nb.hooks.POINTS`
     tokens: str | tuple[str, ...] = "answer",  # "answer" or "first"; a tuple of both gives both from the one pass
     batch_size: int = 16,
-    max_tokens: int = None,  # positions a batch, padding included; replaces `batch_size`
-    padding_side: str = None,  # "left" or "right"; default: the tokenizer's
+    max_tokens: int | None = None,  # positions a batch, padding included; replaces `batch_size`
+    padding_side: str | None = None,  # "left" or "right"; default: the tokenizer's
     progress: bool = False,
 ) -> AnswerStats | tuple[AnswerStats, ...]:  # a tuple where `tokens` is one
     """Statistics of every answer over its own tokens, in one pass. ValueError names an answer without tokens or a missing column,
@@ -499,10 +499,10 @@ def hsav(
     *,
     mode: str = "ratio",
     point: str = "relative_update",
-    eps: float = None,
+    eps: float | None = None,
     tau: float = 0.05,
-    groups: Sequence = None,
-    within: str | Sequence = None,
+    groups: Sequence | None = None,
+    within: str | Sequence | None = None,
     delta: float = 1e-6,
 ) -> pd.Series:
     """Hallucination-specific activation variance per layer (arXiv 2411.10069; our reading). `ratio`: log σ²_H/σ²_F, in nats; `gap`: |σ²_H − σ²_F|,
@@ -516,10 +516,10 @@ def hss(
     *,
     mode: str = "ratio",
     point: str = "relative_update",
-    eps: float = None,
+    eps: float | None = None,
     tau: float = 0.05,
-    groups: Sequence = None,
-    within: str | Sequence = None,
+    groups: Sequence | None = None,
+    within: str | Sequence | None = None,
     delta: float = 1e-6,
 ) -> pd.Series:
     """Hallucination-specific sparsity per layer (arXiv 2411.10069; our reading). `ratio`: log S_H/S_F, in nats; `gap`: |S_H − S_F|; `conditional`: S_H.
@@ -533,10 +533,10 @@ def eavss(
     *,
     mode: str = "ratio",  # of `MODES`
     point: str = "relative_update",  # reading point
-    eps: float = None,  # absolute threshold ε
+    eps: float | None = None,  # absolute threshold ε
     tau: float = 0.05,  # without `eps`: ε = τ·RMS of the layer over both groups together
-    groups: Sequence = None,  # question of each answer; default: `stats.ids`
-    within: str | Sequence = None,  # compare within each "question", each "length", or each value of a sequence
+    groups: Sequence | None = None,  # question of each answer; default: `stats.ids`
+    within: str | Sequence | None = None,  # compare within each "question", each "length", or each value of a sequence
     delta: float = 1e-6,  # the guard δ of `gap` and `conditional`
 ) -> pd.Series:  # per layer; `attrs["counts"]` has the number of each label
     """EAVSS per layer (arXiv 2411.10069; our reading). `ratio`: log AVSS_H/AVSS_F, in nats; ±inf where σ² or S of one group is 0, NaN where both S are, 0 where both groups
@@ -597,16 +597,16 @@ def hallucination_profile(
     stats: AnswerStats,  # from `answer_stats`
     labels: Sequence,  # as in `eavss`
     *,
-    groups: Sequence = None,  # question of each answer: resampled together; default: `stats.ids`
+    groups: Sequence | None = None,  # question of each answer: resampled together; default: `stats.ids`
     n_permutations: int = 1000,  # deals of the labels; the smallest p is 1/(1 + n_permutations)
     n_resamples: int = 1000,  # bootstrap samples; 0: no interval
     seed: int = 0,
     measure: str = "eavss",  # "eavss", "hsav" or "hss"
     mode: str = "ratio",
     point: str = "relative_update",
-    eps: float = None,
+    eps: float | None = None,
     tau: float = 0.05,
-    within: str | Sequence = None,  # the control: "question" (paired), "length", or a stratum for each answer
+    within: str | Sequence | None = None,  # the control: "question" (paired), "length", or a stratum for each answer
     level: float = 0.95,  # of the interval
     min_answers: int = 10,  # wrong answers, right answers and questions that there must be
     delta: float = 1e-6,
@@ -692,7 +692,7 @@ def flip_labels(
 def plot_hallucination(
     table: pd.DataFrame,  # from `hallucination_profile`
     *,
-    ax: plt.Axes = None,
+    ax: plt.Axes | None = None,
     alpha: float = 0.05,  # filled markers where q < alpha
     color: str = "C0",
 ) -> plt.Axes:

@@ -284,16 +284,15 @@ def _ranked(relevant: Iterable[float], scores: Iterable[float] | None) -> np.nda
 def average_precision(
     relevant: Iterable[float],  # 1 right, 0 wrong, of each candidate
     *,
-    scores: Iterable[
-        float
-    ] = None,  # higher = first, wrong ones first among equals; default: the candidates stand in their order
+    scores: Iterable[float]
+    | None = None,  # higher = first, wrong ones first among equals; default: the candidates stand in their order
 ) -> float:  # 0 to 1; 0 where none is right
     "Average precision of one question; its mean over questions is MAP. ValueError naming what cannot be ranked."
     ranked = _ranked(relevant, scores)
     return float((ranked * ranked.cumsum() / np.arange(1, len(ranked) + 1)).sum() / max(1, ranked.sum()))
 
 
-def reciprocal_rank(relevant: Iterable[float], *, scores: Iterable[float] = None) -> float:
+def reciprocal_rank(relevant: Iterable[float], *, scores: Iterable[float] | None = None) -> float:
     "One over the place of the first right candidate, 0 where none is right; its mean over questions is MRR. Arguments as in `average_precision`."
     ranked = _ranked(relevant, scores)
     return float(ranked.any() / (1 + ranked.argmax()))
@@ -347,7 +346,7 @@ class LinearProbe:
         return self._states(model, batch, grad).cpu() @ self.weight.T + self.bias
 
     def losses(
-        self, model: nn.Module, batch: dict, grad: bool = False, labels: torch.Tensor = None
+        self, model: nn.Module, batch: dict, grad: bool = False, labels: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         "Cross-entropy of each row in nats (B,) float64, and ones; `labels` of other texts than those fitted to; `grad`: with gradients."
         logits = self._logits(model, batch, grad)

@@ -25,7 +25,7 @@ from .training import pack_texts, seeded_rng, train_adapter, trainer_arguments
 class _Healer(Trainer):
     "A Trainer with the language-model loss, or the divergence from a teacher; it says each step's loss."
 
-    def __init__(self, *args, teacher: nn.Module = None, on_step: Callable[[int, float], None] = None, **kwargs):
+    def __init__(self, *args, teacher: nn.Module | None = None, on_step: Callable[[int, float], None] = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher, self.on_step = teacher, on_step
 
@@ -62,7 +62,7 @@ def healing_loss(
     model: nn.Module,
     input_ids: torch.Tensor,  # (B, T), no padding
     *,
-    teacher: nn.Module = None,
+    teacher: nn.Module | None = None,
 ) -> torch.Tensor:  # scalar, nats/token
     "The language-model loss; with a teacher, the divergence KL(teacher ‖ model) of the next-token distributions (distillation, arXiv 1503.02531)."
     logits = model(input_ids=input_ids, use_cache=False).logits
@@ -98,7 +98,13 @@ def _train(
         )
 
     return train_adapter(
-        model, config, make, arguments, on_step=on_step, progress="healing" if progress else None, others=[] if teacher is None else [teacher]
+        model,
+        config,
+        make,
+        arguments,
+        on_step=on_step,
+        progress="healing" if progress else None,
+        others=[] if teacher is None else [teacher],
     )
 
 # %% ../nbs/25_healing.ipynb #67d51046
@@ -106,9 +112,9 @@ def heal(
     model: PreTrainedModel,  # what is left, from `prune_layers`; a base model as a control
     texts: Iterable[str],  # to train on
     *,
-    teacher: PreTrainedModel = None,  # the base model: distillation; None: the language-model loss
-    tokenizer: PreTrainedTokenizerBase = None,  # default: that of the folder or hub id that the model came from
-    out: str | Path = None,  # a folder for checkpoints: a stopped run goes on there
+    teacher: PreTrainedModel | None = None,  # the base model: distillation; None: the language-model loss
+    tokenizer: PreTrainedTokenizerBase | None = None,  # default: that of the folder or hub id that the model came from
+    out: str | Path | None = None,  # a folder for checkpoints: a stopped run goes on there
     steps: int = 150,
     batch_size: int = 4,  # rows a step
     max_length: int = 128,  # tokens a row
@@ -142,6 +148,8 @@ def heal(
     )
     with TemporaryDirectory() as spare:
         folder = RunDirectory.open(out, recipe, note="healing.json").folder if out else Path(spare)
-        arguments = trainer_arguments(folder, model, steps, batch_size, learning_rate, seed, save_every if out else None)
+        arguments = trainer_arguments(
+            folder, model, steps, batch_size, learning_rate, seed, save_every if out else None
+        )
         with seeded_rng(seed):
             return _train(model, rows, teacher, arguments, rank, on_step, progress)

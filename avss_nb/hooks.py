@@ -226,11 +226,7 @@ def model_inputs(model: nn.Module, batch: dict) -> dict:
     accepted = inspect.signature(model.forward).parameters
     device = input_device(model)
     inputs = {k: batch[k].to(device) for k in ("input_ids", "attention_mask") if k in accepted}
-    if (
-        "position_ids" in accepted
-        and (batch["attention_mask"][:, 0] == 0).any()
-        and not counts_own_positions(model)
-    ):
+    if "position_ids" in accepted and (batch["attention_mask"][:, 0] == 0).any() and not counts_own_positions(model):
         inputs["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0).to(device)
     if "use_cache" in accepted:
         inputs["use_cache"] = False

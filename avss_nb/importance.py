@@ -39,7 +39,9 @@ def _units(model: nn.Module, units: Iterable[int | str] | None) -> list[int | st
 
 def _series(values, units: list[int | str], name: str) -> pd.Series:
     blocks_only = all(isinstance(unit, int) for unit in units)
-    return pd.Series(np.asarray(values, float), index=pd.Index(units, name="layer" if blocks_only else "unit"), name=name)
+    return pd.Series(
+        np.asarray(values, float), index=pd.Index(units, name="layer" if blocks_only else "unit"), name=name
+    )
 
 
 @contextmanager
@@ -80,7 +82,8 @@ class _Reading:
         self.units, self.place, self.points = units, {unit: row for row, unit in enumerate(units)}, points
         self.sums = {(point, row): RunningSums(reduce) for point in points for row in range(len(units))}
         self.stream = {
-            name: torch.zeros(len(units), dtype=torch.float64) for name in ("cosine_distance", "tokens", "angle", "texts")
+            name: torch.zeros(len(units), dtype=torch.float64)
+            for name in ("cosine_distance", "tokens", "angle", "texts")
         }
 
     def add(self, unit: int | str, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor):
@@ -119,7 +122,7 @@ def read_layers(
     model: nn.Module,
     batches: Iterable[dict],
     *,
-    units: Iterable[int | str] = None,  # default: every block
+    units: Iterable[int | str] | None = None,  # default: every block
     points: Iterable[str] = ("output", "relative_update"),  # of input, output, update, relative_update
     reduce: Iterable[str] = ("elements",),  # of `avss_nb.metrics.REDUCTIONS`
     progress: bool = False,
@@ -148,12 +151,14 @@ def block_influence(
     model: nn.Module,
     batches: Iterable[dict],
     *,
-    units: Iterable[int | str] = None,
+    units: Iterable[int | str] | None = None,
     progress: bool = False,
 ) -> pd.Series:  # per layer, 0 (the stream keeps its direction) to 2
     "Block Influence: 1 − mean cosine between a block's input and output over counted tokens (ShortGPT, eq. 1)."
     units = _units(model, units)
-    return _series(_influence(read_layers(model, batches, units=units, points=(), progress=progress)), units, "block_influence")
+    return _series(
+        _influence(read_layers(model, batches, units=units, points=(), progress=progress)), units, "block_influence"
+    )
 
 # %% ../nbs/23_importance.ipynb #ad82ce1a
 def angular_distance(
@@ -211,9 +216,9 @@ def _check_weights(model: nn.Module, score: str):
 
 def magnitude(
     model: nn.Module,
-    batches: Iterable[dict] = None,  # not needed
+    batches: Iterable[dict] | None = None,  # not needed
     *,
-    units: Iterable[int | str] = None,
+    units: Iterable[int | str] | None = None,
 ) -> pd.Series:  # per layer, Σ|W|
     "Sum of the absolute weights of each block, offloaded ones too; ValueError for a quantised model."
     _check_weights(model, "magnitude")
@@ -223,7 +228,9 @@ def magnitude(
         with ExitStack() as here:
             for m in model_layers[layer_of(unit)].modules():
                 here.enter_context(align_module_device(m))
-            return sum(w.detach().abs().sum(dtype=torch.float64).item() for w in _weights(model_layers[layer_of(unit)], unit))
+            return sum(
+                w.detach().abs().sum(dtype=torch.float64).item() for w in _weights(model_layers[layer_of(unit)], unit)
+            )
 
     return _series([total(unit) for unit in units], units, "magnitude")
 
@@ -232,7 +239,7 @@ def taylor(
     model: nn.Module,
     batches: Iterable[dict],
     *,
-    units: Iterable[int | str] = None,
+    units: Iterable[int | str] | None = None,
     loss: Callable = row_losses,
     progress: bool = False,
 ) -> pd.Series:  # per layer, nats/token
@@ -274,7 +281,13 @@ class _Pass:
     "One pass over a batch without some units, with what entered each block: a pass that differs later begins there."
 
     def __init__(
-        self, model: nn.Module, batch: dict, loss: Callable, removed: tuple = (), before: "_Pass" = None, keep: bool = True
+        self,
+        model: nn.Module,
+        batch: dict,
+        loss: Callable,
+        removed: tuple = (),
+        before: "_Pass | None" = None,
+        keep: bool = True,
     ):  # keep what enters the blocks
         self.model, self.batch, self.loss, self.removed = model, batch, loss, tuple(removed)
         self.entered, self.rest = (dict(before.entered), dict(before.rest)) if before else ({}, {})
@@ -283,7 +296,7 @@ class _Pass:
         with skip_layers(model, self.removed, every=True), resumed, self._noted(first) if keep else nullcontext():
             self.nll, self.tokens = loss(model, batch)
 
-    def without(self, unit: int | str, keep: bool = False, loss: Callable = None) -> "_Pass":
+    def without(self, unit: int | str, keep: bool = False, loss: Callable | None = None) -> "_Pass":
         "The same without one more unit."
         return _Pass(self.model, self.batch, loss or self.loss, (*self.removed, unit), self, keep)
 
@@ -298,7 +311,9 @@ class _Pass:
             return hook
 
         model_layers = blocks(self.model)
-        handles = [model_layers[i].register_forward_hook(note(i), with_kwargs=True) for i in range(first, len(model_layers))]
+        handles = [
+            model_layers[i].register_forward_hook(note(i), with_kwargs=True) for i in range(first, len(model_layers))
+        ]
         try:
             yield
         finally:
@@ -310,7 +325,7 @@ def removal_losses(
     model: nn.Module,
     batches: Iterable[dict],
     *,
-    layers: Iterable[int | str] = None,  # blocks or halves; default: every block
+    layers: Iterable[int | str] | None = None,  # blocks or halves; default: every block
     loss: Callable = row_losses,  # (model, batch) -> summed loss of each row, and predictions in it
     progress: bool = False,
 ) -> pd.DataFrame:  # index `text`; columns `tokens`, `base_model` and each layer: summed loss in nats
@@ -342,7 +357,7 @@ def leave_one_out(
     model: nn.Module,
     batches: Iterable[dict],
     *,
-    units: Iterable[int | str] = None,
+    units: Iterable[int | str] | None = None,
     loss: Callable = row_losses,
     progress: bool = False,
 ) -> pd.Series:  # per layer, nats/token; negative where the model is better without it
@@ -356,7 +371,7 @@ def sleb(
     batches: Iterable[dict],
     n: int,  # how many to remove
     *,
-    units: Iterable[int | str] = None,
+    units: Iterable[int | str] | None = None,
     loss: Callable = row_losses,
     early_stop: float | None = 3.0,  # standard errors behind the best at which a candidate is out; None: no race
     progress: bool = False,
@@ -369,7 +384,9 @@ def sleb(
     if not 1 <= n < len(units):
         raise ValueError(f"n must lie between 1 and {len(units) - 1}, not {n}")
     for _ in tqdm(range(n), desc="sleb", disable=not progress):
-        removed.append(_least_missed(model, cached, removed, [unit for unit in units if unit not in removed], loss, early_stop))
+        removed.append(
+            _least_missed(model, cached, removed, [unit for unit in units if unit not in removed], loss, early_stop)
+        )
     return removed
 
 
@@ -380,7 +397,9 @@ def _no_loss(model: nn.Module, batch: dict) -> tuple:
     return None, None
 
 
-def _least_missed(model: nn.Module, cached: list[tuple], removed: list, playing: list, loss: Callable, early_stop: float | None):
+def _least_missed(
+    model: nn.Module, cached: list[tuple], removed: list, playing: list, loss: Callable, early_stop: float | None
+):
     "The candidate without which the loss is least, on top of those gone; each batch is held with its last pass."
     table = pd.DataFrame()
     for i, (batch, last) in enumerate(cached):
@@ -397,7 +416,9 @@ def _least_missed(model: nn.Module, cached: list[tuple], removed: list, playing:
             raise FloatingPointError(f"no loss without {removed} and one more is finite")
         behind = table.sub(table[best], axis=0)
         if early_stop is not None and len(table) > 3:  # fewer texts than that say nothing of the spread
-            playing = [u for u in playing if u == best or behind[u].sum() <= early_stop * behind[u].std() * len(table) ** 0.5]
+            playing = [
+                u for u in playing if u == best or behind[u].sum() <= early_stop * behind[u].std() * len(table) ** 0.5
+            ]
         if len(playing) == 1:
             break
     return best
@@ -407,9 +428,9 @@ def shapley(
     model: nn.Module,
     batches: Iterable[dict],
     *,
-    units: Iterable[int | str] = None,
-    n_pairs: int = None,  # pairs of a random order and its reverse; default: exact up to 12 units, else 16
-    worst: float = None,  # a mean loss above this counts as this; default: log V for `row_losses`, else infinity
+    units: Iterable[int | str] | None = None,
+    n_pairs: int | None = None,  # pairs of a random order and its reverse; default: exact up to 12 units, else 16
+    worst: float | None = None,  # a mean loss above this counts as this; default: log V for `row_losses`, else infinity
     tolerance: float = 0.05,  # an order ends when no more than this share of v(all) − v(none) is left; 0: never
     seed: int = 0,
     loss: Callable = row_losses,
@@ -461,7 +482,11 @@ def _exact_shares(start: list[_Pass], units: list, worst: float) -> np.ndarray:
     weight = [1 / (n * comb(n - 1, size)) for size in range(n)]
     return np.array(
         [
-            sum(weight[len(removed)] * (v - value[removed | {unit}]) for removed, v in value.items() if unit not in removed)
+            sum(
+                weight[len(removed)] * (v - value[removed | {unit}])
+                for removed, v in value.items()
+                if unit not in removed
+            )
             for unit in units
         ]
     )
@@ -484,7 +509,7 @@ def downstream_stats(
     model: nn.Module,
     batches: Iterable[dict],
     *,
-    units: Iterable[int | str] = None,
+    units: Iterable[int | str] | None = None,
     depth: int = 8,  # blocks to run after that of the missing unit
     progress: bool = False,
 ) -> LayerStats:  # one row per unit: point `relative_update`, and `stream` as in `read_layers`
@@ -523,12 +548,16 @@ FROM_STATS: dict[str, Callable] = {  # name -> function of `read_layers`' statis
     "block_influence": _influence,
     "angular_distance": _angle,
 }
-FROM_DOWNSTREAM: dict[str, Callable] = dict(avss_downstream=avss, influence_downstream=_influence)  # the same of `downstream_stats`'s
+FROM_DOWNSTREAM: dict[str, Callable] = dict(
+    avss_downstream=avss, influence_downstream=_influence
+)  # the same of `downstream_stats`'s
 BY_RUNNING: dict[str, Callable] = {  # name -> function of (model, batches, units)
     "magnitude": magnitude,
     "taylor": taylor,
     "leave_one_out": leave_one_out,
-    "sleb": lambda model, batches, *, units: _sleb_rank(sleb(model, batches, max(1, len(units) // 4), units=units), units),
+    "sleb": lambda model, batches, *, units: _sleb_rank(
+        sleb(model, batches, max(1, len(units) // 4), units=units), units
+    ),
     "shapley": lambda model, batches, *, units: shapley(model, batches, units=units).shapley,
     "position": lambda model, batches, *, units: np.arange(len(units), 0, -1),  # "just drop the last ones"
     "random": lambda model, batches, *, units: np.random.default_rng(0).permutation(len(units)),
@@ -545,19 +574,25 @@ def layer_scores(
     batches: Iterable[dict],
     *,
     methods: Iterable[str] = ("avss", "block_influence", "leave_one_out"),  # of the three tables above
-    units: Iterable[int | str] = None,  # default: every block
-    stats: LayerStats = None,  # from `read_layers`, reduced by elements and samples, of the same units
+    units: Iterable[int | str] | None = None,  # default: every block
+    stats: LayerStats | None = None,  # from `read_layers`, reduced by elements and samples, of the same units
     progress: bool = False,
 ) -> pd.DataFrame:  # one row per layer, one column per method; higher = more important
     """Importance of each layer by several methods, those of `FROM_STATS` and those of `FROM_DOWNSTREAM` from one reading each;
     ValueError for an unknown method."""
     methods = [methods] if isinstance(methods, str) else list(methods)
     if unknown := [m for m in methods if m not in FROM_STATS | FROM_DOWNSTREAM | BY_RUNNING]:
-        raise ValueError(f"unknown method {unknown[0]!r}: known are {', '.join(FROM_STATS | FROM_DOWNSTREAM | BY_RUNNING)}")
+        raise ValueError(
+            f"unknown method {unknown[0]!r}: known are {', '.join(FROM_STATS | FROM_DOWNSTREAM | BY_RUNNING)}"
+        )
     units, batches = _units(model, units), list(batches)
     if stats is None and set(methods) & set(FROM_STATS):
         stats = read_layers(model, batches, units=units, reduce=("elements", "samples"), progress=progress)
-    downstream = downstream_stats(model, batches, units=units, progress=progress) if set(methods) & set(FROM_DOWNSTREAM) else None
+    downstream = (
+        downstream_stats(model, batches, units=units, progress=progress)
+        if set(methods) & set(FROM_DOWNSTREAM)
+        else None
+    )
     score = lambda m: (
         FROM_STATS[m](stats)
         if m in FROM_STATS

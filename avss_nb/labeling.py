@@ -75,7 +75,9 @@ def _golds(references: str | list[str]) -> list[str]:
 
 def exact_match(prediction: str, references: str | list[str], *, style: str = "squad") -> float:
     "1 where the normalised prediction equals a normalised gold, else 0."
-    return float(normalize_answer(prediction, style=style) in {normalize_answer(g, style=style) for g in _golds(references)})
+    return float(
+        normalize_answer(prediction, style=style) in {normalize_answer(g, style=style) for g in _golds(references)}
+    )
 
 
 def token_f1(
@@ -160,10 +162,11 @@ def build_prompts(
     questions: Dataset,  # with `id` and `question`
     *,
     style: str = "completion",  # "completion", "few-shot" or "chat"
-    template: str = None,  # default "Question: {question}\nAnswer:", in a chat "{question}"; other columns ({context}) may stand in it
-    shots: Dataset = None,  # few-shot: a questions table to draw examples from
+    template: str
+    | None = None,  # default "Question: {question}\nAnswer:", in a chat "{question}"; other columns ({context}) may stand in it
+    shots: Dataset | None = None,  # few-shot: a questions table to draw examples from
     n_shots: int = 4,
-    system: str = None,  # chat: a system message; default the template's own
+    system: str | None = None,  # chat: a system message; default the template's own
     bos: bool = False,  # a first token even where the tokenizer adds none
     seed: int = 0,  # of the draw of examples
 ) -> list[tuple[str, list[int]]]:  # text and token ids of each prompt
@@ -202,7 +205,7 @@ def build_prompts(
 
 # %% ../nbs/30_labeling.ipynb #951d24a3
 def _next(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, past: DynamicCache = None
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, past: DynamicCache | None = None
 ) -> tuple[torch.Tensor, DynamicCache | None]:
     "(B, V) float32 log-probabilities (nats) of the token after each left-padded row (B, T), and the cache of keys and values."
     inputs = model_inputs(model, dict(input_ids=ids, attention_mask=mask)) | dict(use_cache=True, logits_to_keep=1)
@@ -417,7 +420,7 @@ def generate_answers(
     stop: str | tuple[str, ...] = ("\n",),  # an answer ends before the first of these, or at an end token
     batch_size: int = 32,  # answers at a time; no result depends on it beyond rounding
     seed: int = 0,  # of samples and of the examples' draw
-    out: str | Path = None,  # a folder to keep answers in, and to go on from
+    out: str | Path | None = None,  # a folder to keep answers in, and to go on from
     progress: bool = False,
     **options,  # of `build_prompts`
 ) -> (
@@ -562,7 +565,11 @@ def _by_rule(rule: str, row: dict, style: str) -> str:
         usable = [
             g for g in usable if not _says(row["question"], g, style)
         ] or usable  # the question's free-form generation prove nothing
-    return "right" if _as_written(answer, references) or usable and LABEL_RULES[rule](answer, usable, wrong, style) else "wrong"
+    return (
+        "right"
+        if _as_written(answer, references) or usable and LABEL_RULES[rule](answer, usable, wrong, style)
+        else "wrong"
+    )
 
 # %% ../nbs/30_labeling.ipynb #b6fedaa7
 def _as_label(verdict, name: str, row: dict) -> str:
@@ -641,7 +648,12 @@ def _answers_table(answers) -> tuple[Dataset, list[dict]]:
     for r in rows:
         r["answer"] = r["answer"] if isinstance(r["answer"], str) else ""  # missing: empty
         references = r["answers"]
-        if isinstance(references, str) or references is None or not len(references) or not all(isinstance(g, str) for g in references):
+        if (
+            isinstance(references, str)
+            or references is None
+            or not len(references)
+            or not all(isinstance(g, str) for g in references)
+        ):
             raise ValueError(f"row {r['row']} (id {r['id']!r}) has no list of references: `answers` is {references!r}")
         r["answers"] = list(references)
     if isinstance(answers, Dataset):
@@ -660,9 +672,9 @@ def label_answers(
     *,
     rule: str
     | Callable = "alias",  # of `LABEL_RULES`, or a judge: (question, answer, references) -> True or False, a probability, or a label
-    name: str = None,  # of the new column; default: the rule's, or the judge's `__name__`
+    name: str | None = None,  # of the new column; default: the rule's, or the judge's `__name__`
     style: str = "squad",  # how texts are normalised, for rules
-    out: str | Path = None,  # a file that keeps a judge's verdicts, to go on from
+    out: str | Path | None = None,  # a file that keeps a judge's verdicts, to go on from
     batch_size: int = 32,  # rows a call, for a judge with `batch`
     progress: bool = False,
 ) -> Dataset:  # the table and a string column of `LABELS`
@@ -706,7 +718,8 @@ def nli_judge(
     premise: str = "{question} {gold}",  # what is given
     hypothesis: str = "{question} {answer}",  # what is to follow from it
     entailment: int
-    | str = None,  # name or index of the class; default the one in `config.label2id` that begins with "entail"
+    | str
+    | None = None,  # name or index of the class; default the one in `config.label2id` that begins with "entail"
     batch_size: int = 32,  # pairs a forward pass
 ) -> (
     Callable
@@ -755,7 +768,7 @@ def nli_judge(
 def similarity_judge(
     model: nn.Module,  # a sentence encoder: the mean of its last states, as sentence-transformers' MiniLM
     tokenizer: PreTrainedTokenizerBase,
-    questions: Dataset = None,  # with `question, distractors`: the known wrong answers
+    questions: Dataset | None = None,  # with `question, distractors`: the known wrong answers
     *,
     threshold: float = 0.7,  # of the cosine between answer and nearest gold
     batch_size: int = 64,  # texts a forward pass
@@ -785,7 +798,12 @@ def similarity_judge(
         behind = lambda q, text: f"{q} {text}"
         rows = [(q, a, references, known.get(q, [])) for q, a, references in triples]
         unit = units(
-            [t for q, a, references, wrong in rows for text in (a, *references, *wrong) for t in (text, behind(q, text))]
+            [
+                t
+                for q, a, references, wrong in rows
+                for text in (a, *references, *wrong)
+                for t in (text, behind(q, text))
+            ]
         )
 
         def nearest(a: str, texts: list[str]) -> float:
@@ -825,14 +843,12 @@ def _labels(answers, rules: list[str] | None) -> pd.DataFrame:
 def label_counts(
     answers: Dataset | pd.DataFrame,
     *,
-    rules: list[str] = None,  # label columns; default all
-    by: str = None,  # a column to count by, `source` for one
+    rules: list[str] | None = None,  # label columns; default all
+    by: str | None = None,  # a column to count by, `source` for one
     level: float = 0.95,
     n_resamples: int = 2000,
     seed: int = 0,
-) -> (
-    pd.DataFrame
-):  # one row per rule (and group): `asked, empty, refused, right, wrong`, and `share` right of right + wrong, `low, high`
+) -> pd.DataFrame:  # one row per rule (and group): `asked, empty, refused, right, wrong`, and `share` right of right + wrong, `low, high`
     "How many answers got which label; percentile interval of the share by the bootstrap over questions (NaN for fewer than two)."
     frame, rules = _labels(answers, rules)
     rows = []
@@ -867,17 +883,19 @@ def _kappa(a: pd.Series, b: pd.Series) -> float:
 def rule_agreement(
     answers: Dataset | pd.DataFrame,
     *,
-    rules: list[str] = None,  # label columns; default all
+    rules: list[str] | None = None,  # label columns; default all
 ) -> pd.DataFrame:  # rules × rules; NaN where both give all answers the same label
     "Cohen's κ between rules over the answers that all call right or wrong (scikit-learn)."
     frame, rules = _labels(answers, rules)
     labelled = _told(frame, rules)
     return pd.DataFrame(
-        [[_kappa(labelled[a], labelled[b]) for b in rules] for a in rules], index=pd.Index(rules, name="rule"), columns=rules
+        [[_kappa(labelled[a], labelled[b]) for b in rules] for a in rules],
+        index=pd.Index(rules, name="rule"),
+        columns=rules,
     )
 
 
-def rule_disagreements(answers: Dataset | pd.DataFrame, *, rules: list[str] = None) -> pd.DataFrame:
+def rule_disagreements(answers: Dataset | pd.DataFrame, *, rules: list[str] | None = None) -> pd.DataFrame:
     "The answers on which rules (default: all label columns) do not agree, one row per answer, with what each says."
     frame, rules = _labels(answers, rules)
     return frame.loc[frame[rules].nunique(axis=1) > 1, ["id", "question", "answers", "answer", *rules]]
@@ -886,7 +904,7 @@ def rule_disagreements(answers: Dataset | pd.DataFrame, *, rules: list[str] = No
 def rule_quality(
     answers: Dataset | pd.DataFrame,
     *,
-    rules: list[str] = None,  # label columns; default all but the truth
+    rules: list[str] | None = None,  # label columns; default all but the truth
     truth: str = "hand",  # the column to measure against
     level: float = 0.95,
 ) -> pd.DataFrame:  # one row per rule: answers `n`, `precision` and `recall` of `wrong` (NaN where there is none) with their ends, `kappa`

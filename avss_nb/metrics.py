@@ -252,7 +252,9 @@ def variance(
     if reduce == "samples":
         return layer_series(stats.get(point, "sample_variance") / stats.get(point, "samples"), "variance")
     if reduce == "neurons":
-        return layer_series((stats.get(point, "neuron_sum") / stats.get(point, "tokens")[:, None]).var(axis=1), "variance")
+        return layer_series(
+            (stats.get(point, "neuron_sum") / stats.get(point, "tokens")[:, None]).var(axis=1), "variance"
+        )
     mean, square = _moments(stats, point)
     return layer_series(np.maximum(square - mean**2, 0), "variance")
 
@@ -267,7 +269,7 @@ def sparsity(
     *,
     point: str = "relative_update",
     reduce: str = "elements",
-    eps: float = None,  # absolute threshold ε > 0; 1e-5 is counted exactly
+    eps: float | None = None,  # absolute threshold ε > 0; 1e-5 is counted exactly
     tau: float = 0.05,  # without `eps`: ε = τ·RMS of the layer, τ > 0
 ) -> pd.Series:  # per layer, between 0 and 1
     """S: share of activations with |a| < ε (AVSS, eq. for S(L_i); the relative threshold is our reading).
@@ -290,7 +292,12 @@ def sparsity(
 
 # %% ../nbs/13_metrics.ipynb #583ee639
 def avss(
-    stats: LayerStats, *, point: str = "relative_update", reduce: str = "elements", eps: float = None, tau: float = 0.05
+    stats: LayerStats,
+    *,
+    point: str = "relative_update",
+    reduce: str = "elements",
+    eps: float | None = None,
+    tau: float = 0.05,
 ) -> pd.Series:
     """AVSS = σ²/S per layer (AVSS, its main equation); infinite where S = 0, and 0 for a layer that is constant.
     Options as in `sparsity`."""

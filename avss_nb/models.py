@@ -95,7 +95,7 @@ def _is_complete(folder: Path) -> bool:
 def convert_gguf(
     gguf: str | Path,  # a GGUF file
     *,
-    cache: str | Path = None,  # parent of the result; default `cache_folder()`
+    cache: str | Path | None = None,  # parent of the result; default `cache_folder()`
 ) -> Path:  # a folder that `from_pretrained` reads; named after the file and its content
     "Convert a GGUF file to safetensors, once; raises FileNotFoundError, or PermissionError naming the cache folder."
     gguf, cache = Path(gguf), Path(cache or cache_folder())
@@ -176,9 +176,9 @@ def resolve_model(name_or_path: str | Path) -> str:
 def load_model(
     name_or_path: str | Path = "smollm2-135m",  # short name, folder, GGUF file or hub id
     *,
-    dtype: torch.dtype | str = None,  # default: the dtype of the stored weights
-    device: str | torch.device = None,  # default: "cuda" where there is one, else "cpu"
-    device_map: str | dict = None,  # as in transformers; excludes `device`
+    dtype: torch.dtype | str | None = None,  # default: the dtype of the stored weights
+    device: str | torch.device | None = None,  # default: "cuda" where there is one, else "cpu"
+    device_map: str | dict | None = None,  # as in transformers; excludes `device`
     trust_remote_code: bool = False,  # run Python code from the model's repository
     **options,  # of `from_pretrained`: `quantization_config, max_memory, offload_folder`
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -221,7 +221,7 @@ def load_model(
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase,  # gets a pad token when it has none
     *,
-    model: PreTrainedModel = None,  # to compare the vocabulary with the embedding
+    model: PreTrainedModel | None = None,  # to compare the vocabulary with the embedding
 ) -> dict:  # `pad`, `adds_bos`, `digits` ("single" or "grouped"), `vocabulary`
     "Facts about a tokenizer that change results; raises ValueError when it cannot serve this model."
     if tokenizer.pad_token is None:
@@ -283,7 +283,7 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
 def blocks(
     model: nn.Module,  # any model built of a stack of layers
     *,
-    path: str = None,  # the pile's own path ("encoder.block"), for a model with two of them
+    path: str | None = None,  # the pile's own path ("encoder.block"), for a model with two of them
 ) -> nn.ModuleList:  # M blocks, index 0 nearest the input
     "The stack of layers of a model; raises ValueError, naming what was found, when there is none or `path` is not one."
     lists = _block_lists(model)
@@ -293,7 +293,11 @@ def blocks(
         raise ValueError(
             f"no blocks found in {type(model).__name__}: it has no ModuleList as long as its config's num_hidden_layers"
         )
-    return lists[path] if path else max(lists.values(), key=lambda model_layers: sum(p.numel() for p in model_layers.parameters()))
+    return (
+        lists[path]
+        if path
+        else max(lists.values(), key=lambda model_layers: sum(p.numel() for p in model_layers.parameters()))
+    )
 
 # %% ../nbs/10_models.ipynb #b404bd31
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:

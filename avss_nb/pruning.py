@@ -105,7 +105,7 @@ def measure_removal(
     questions: Dataset,  # with distractors
     sentences: Dataset,
     *,
-    out: str | Path = None,  # a folder that keeps each choice's answers: a killed run goes on there
+    out: str | Path | None = None,  # a folder that keeps each choice's answers: a killed run goes on there
     max_length: int = 256,  # tokens of each text that are used
     progress: bool = False,
 ) -> pd.DataFrame:  # index (choice, measure); `item`, `value` (summed nats, or 1 right, 0 wrong), `tokens`, `removes`
@@ -149,7 +149,9 @@ def _retained(base_model: pd.DataFrame, left: pd.DataFrame, chance: dict[str, fl
     for measure in chance:
         before, after = (d.loc[measure].value.to_numpy() for d in (base_model, left))
         row[measure] = after.mean()
-        row |= {f"{measure}_{kind}": v for kind, v in retained_accuracy(before, after, chance[measure], seed=seed).items()}
+        row |= {
+            f"{measure}_{kind}": v for kind, v in retained_accuracy(before, after, chance[measure], seed=seed).items()
+        }
     return row
 
 

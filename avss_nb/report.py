@@ -109,11 +109,17 @@ def study_data(settings: Settings) -> dict:
         second=calibration[1::2],
         train=load_text(text, path=folder, split=fit),
         held_out=load_text(text, path=folder, split=test, n=n, seed=seed),
-        questions=load_questions("sciq" if folder else "atlas", path=folder, split="test", n=settings.questions, seed=seed),
+        questions=load_questions(
+            "sciq" if folder else "atlas", path=folder, split="test", n=settings.questions, seed=seed
+        ),
         examples=load_questions("sciq" if folder else "atlas", path=folder, split="train", n=20, seed=seed),
         learn=load_questions("sciq" if folder else "atlas", path=folder, split="train").shuffle(seed=seed),
         sentences=load_sentences(
-            "sst2" if folder else "words", path=folder, split="dev" if folder else "test", n=settings.sentences, seed=seed
+            "sst2" if folder else "words",
+            path=folder,
+            split="dev" if folder else "test",
+            n=settings.sentences,
+            seed=seed,
         ),
         names=dict(text=text, questions="sciq" if folder else "atlas", sentences="sst2" if folder else "words"),
     )
@@ -147,7 +153,13 @@ def memory_in_words(
         config = AutoConfig.from_pretrained(resolve_model(settings.model), trust_remote_code=trust_remote_code)
         if getattr(config, "auto_map", None):
             return "Memory: no plan for this model (it brings its own code)"
-        plan = memory_plan(config, batch_size=4, max_length=settings.max_length, dtype=settings.dtype and getattr(torch, settings.dtype), points=3)
+        plan = memory_plan(
+            config,
+            batch_size=4,
+            max_length=settings.max_length,
+            dtype=settings.dtype and getattr(torch, settings.dtype),
+            points=3,
+        )
     except Exception as error:
         return f"Memory: no plan for this model ({one_line(error)})"
     weights, (reading, leaving), free = (
@@ -181,7 +193,9 @@ class Study:
     hallucination: (
         pd.DataFrame
     )  # (control, layer): EAVSS with interval, p and q; empty where too few answers are right or wrong
-    detectors: pd.DataFrame  # one row per detector: how well it tells wrong answers from right ones; empty as `hallucination`
+    detectors: (
+        pd.DataFrame
+    )  # one row per detector: how well it tells wrong answers from right ones; empty as `hallucination`
     tuned: pd.DataFrame  # (set, measure, variant): what contrastive training gains, as `compare_variants`, and in which `blocks`; empty without `tune_steps`
     sparse: pd.DataFrame  # (measure, plan): what is left when inputs are left out, with what the base model has over it; empty without `sparsity`
 
@@ -221,11 +235,15 @@ def _choices(scores: pd.DataFrame, settings: Settings) -> dict[str, list[int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         chosen = {
-            m: select_layers(scores[m], fraction=settings.fraction, keep_infinite=True) for m in scores.columns if m != "random"
+            m: select_layers(scores[m], fraction=settings.fraction, keep_infinite=True)
+            for m in scores.columns
+            if m != "random"
         }
     rng, n = np.random.default_rng(settings.seed), len(next(iter(chosen.values())))
     return (
-        dict(base_model=[]) | chosen | {f"random_{i}": sorted(rng.permutation(len(scores))[:n].tolist()) for i in range(3)}
+        dict(base_model=[])
+        | chosen
+        | {f"random_{i}": sorted(rng.permutation(len(scores))[:n].tolist()) for i in range(3)}
     )
 
 # %% ../nbs/50_report.ipynb #852c565b
@@ -315,7 +333,9 @@ def measure(settings: Settings, out: str | Path, *, trust_remote_code: bool = Fa
     )
     if not is_causal(model):
         raise ValueError(f"{settings.model} is a {type(model).__name__}: a study needs a causal language model")
-    select_layers(pd.Series(range(len(blocks(model)))), fraction=settings.fraction)  # errors now, not after the measurements
+    select_layers(
+        pd.Series(range(len(blocks(model)))), fraction=settings.fraction
+    )  # errors now, not after the measurements
     if settings.heal_steps:
         pack_texts(data["train"], tokenizer, max_length=128, batch_size=4)
     if settings.tune_steps:
@@ -373,11 +393,16 @@ def tuned_arms(model, tokenizer, data: dict, settings: Settings, out: Path) -> p
     answers are right or wrong, the last blocks stand in."""
     ask = dict(style="few-shot", shots=data["examples"], seed=settings.seed)
     learn = data["learn"].select(range(min(len(data["learn"]), 4 * settings.tune_steps)))
-    answers = label_answers(generate_answers(model, tokenizer, learn, out=out / "tuning" / "answers", **ask), rule="alias")
+    answers = label_answers(
+        generate_answers(model, tokenizer, learn, out=out / "tuning" / "answers", **ask), rule="alias"
+    )
     n, (labelled, labels, enough) = len(blocks(model)), _told(answers)
     scores = (
         hallucination_profile(
-            answer_stats(model, tokenizer, labelled, points=("relative_update",)), labels, n_permutations=1, n_resamples=0
+            answer_stats(model, tokenizer, labelled, points=("relative_update",)),
+            labels,
+            n_permutations=1,
+            n_resamples=0,
         ).value.abs()
         if enough
         else pd.Series(range(n), dtype=float)
@@ -409,7 +434,8 @@ def tuned_arms(model, tokenizer, data: dict, settings: Settings, out: Path) -> p
         steps=settings.tune_steps,
     )
     blocks_ = {
-        variant: "; ".join(" ".join(map(str, draw["layers"])) for draw in draws or []) for variant, draws in variants.items()
+        variant: "; ".join(" ".join(map(str, draw["layers"])) for draw in draws or [])
+        for variant, draws in variants.items()
     }
     table = compare_variants(items)
     return table.assign(blocks=table.index.get_level_values("variant").map(blocks_))
@@ -434,7 +460,14 @@ def sparse_plans(model, tokenizer, data: dict, settings: Settings, out: Path) ->
         name: make() for name, make in zip(("uniform", "TEAL greedy", "ActTail", "at random"), made.values())
     }
     items = measure_plans(
-        model, tokenizer, variants, data["held_out"], data["questions"], out=out / "sparse", max_length=settings.max_length, progress=True
+        model,
+        tokenizer,
+        variants,
+        data["held_out"],
+        data["questions"],
+        out=out / "sparse",
+        max_length=settings.max_length,
+        progress=True,
     )
     cost = paired_difference(
         items, "base_model", [name for name in variants if name != "base_model"], seed=settings.seed
@@ -463,7 +496,9 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     methods = [m for m in FROM_STATS if m != "angular_distance"] + [*FROM_DOWNSTREAM, "taylor", "magnitude", "position"]
     scores = cached_table(
         out / "scores.csv",
-        lambda: layer_scores(model, calibration, methods=methods, stats=stats()).assign(leave_one_out=loss_increase(losses)),
+        lambda: layer_scores(model, calibration, methods=methods, stats=stats()).assign(
+            leave_one_out=loss_increase(losses)
+        ),
     )
     choices = _choices(scores, settings)
 
@@ -505,7 +540,8 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     )
     wrong = cache(lambda: wrong_answers(model, tokenizer, data, settings.seed))
     of_answers = {
-        name: cached_table(out / f"{name}.csv", lambda: wrong()[name], index=index) for name, index in ANSWER_TABLES.items()
+        name: cached_table(out / f"{name}.csv", lambda: wrong()[name], index=index)
+        for name, index in ANSWER_TABLES.items()
     }
     tune = settings.tune_steps and "right" in of_answers["answers"]  # else the questions do not fit the model's window
     tuned = cached_table(
@@ -607,7 +643,8 @@ def summary(study: Study) -> dict:
             )
         },
         hallucination={
-            c: part.droplevel("control").query("q < .05").index.tolist() for c, part in study.hallucination.groupby("control")
+            c: part.droplevel("control").query("q < .05").index.tolist()
+            for c, part in study.hallucination.groupby("control")
         },
     )
 
@@ -791,7 +828,9 @@ def plot_retention(study: Study, *, axes=None) -> plt.Figure:
         ax.axvline(1, color="gray", ls="--", lw=1)
         ax.axvline(0.9, color="gray", ls=":", lw=1)
         ax.axvline(0, color="gray", lw=1)
-        ax.set(title=title, xlabel="retained (95 % interval)", yticks=y, yticklabels=[SCORE_LABELS[m] for m in table.index])
+        ax.set(
+            title=title, xlabel="retained (95 % interval)", yticks=y, yticklabels=[SCORE_LABELS[m] for m in table.index]
+        )
     for ax in axes:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8)
     axes[0].invert_yaxis()
@@ -848,7 +887,9 @@ def plot_tuned(study: Study, *, axes=None) -> plt.Figure | None:
     "What each variant of the contrastive training gains on the questions. None where nothing was trained."
     if not len(study.tuned):
         return None
-    return plot_variants(study.tuned, [(study.names["questions"], m) for m in ("mc1", "margin", "right")], axes=axes)[0].figure
+    return plot_variants(study.tuned, [(study.names["questions"], m) for m in ("mc1", "margin", "right")], axes=axes)[
+        0
+    ].figure
 
 # %% ../nbs/50_report.ipynb #3051a002
 def plot_sparse(study: Study, *, axes=None) -> plt.Figure | None:
@@ -897,9 +938,9 @@ def removal_table(study: Study) -> pd.DataFrame:
         return cells
 
     table = study.removal.fillna({"removes": "–"})
-    return pd.DataFrame([row(r) for _, r in table.iterrows()], index=[SCORE_LABELS[m] for m in table.index]).rename_axis(
-        "removed by"
-    )
+    return pd.DataFrame(
+        [row(r) for _, r in table.iterrows()], index=[SCORE_LABELS[m] for m in table.index]
+    ).rename_axis("removed by")
 
 # %% ../nbs/50_report.ipynb #7e2f8fee
 _IMPORTS = """import json
@@ -963,7 +1004,7 @@ def run_study(
     model: str = "smollm2-135m",  # short name, folder, GGUF file or hub id
     *,
     out: str | Path = "results",  # a folder of its own for each study
-    data: str | Path = None,  # folder of benchmark files; default: the embedded sets
+    data: str | Path | None = None,  # folder of benchmark files; default: the embedded sets
     trust_remote_code: bool = False,
     **settings,  # further `Settings`
 ) -> Study:
@@ -1002,7 +1043,7 @@ def add_settings(parser: argparse.ArgumentParser):
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
 
 
-def main(arguments: list[str] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     "The command `avss_study`."
     parser = argparse.ArgumentParser(
         "avss_study",

@@ -83,8 +83,8 @@ def _rows(items, which: Iterable[int]):
 def share(
     items,  # list, `Batches`, `Dataset` or DataFrame: the same in every process
     *,
-    number: int = None,  # of the process; default: this one
-    n: int = None,  # processes; default: as many as there are
+    number: int | None = None,  # of the process; default: this one
+    n: int | None = None,  # processes; default: as many as there are
 ):
     "What one process takes: every n-th item, from its own number on. All shares together are all items, none twice; one may be empty. ValueError for a number that is none of theirs."
     this, all_ = processes()
@@ -277,7 +277,9 @@ def spread(
     work: Callable,  # some of the items -> LayerStats, AnswerStats or a table (one row per item, or more)
     items,  # batches, answers, questions: the same in every process
     *,
-    out: str | Path = None,  # folder, seen by all processes: finished chunks stay there, and a second run goes on
+    out: str
+    | Path
+    | None = None,  # folder, seen by all processes: finished chunks stay there, and a second run goes on
     chunk: int = 1,  # items that are worked on, and kept, at once
     settings: dict = {},  # what else decides the result (model, points, …): another one in `out` is refused
     add: bool = False,  # add up rows of the same index, such as the losses of a text's windows
@@ -313,7 +315,7 @@ def spread_scores(
     batches: Iterable[dict],  # the same in every process
     *,
     methods: Iterable[str] = ("avss", "block_influence", "leave_one_out"),
-    out: str | Path = None,  # folder: as in `spread`
+    out: str | Path | None = None,  # folder: as in `spread`
     **options,  # of `spread`
 ) -> pd.DataFrame:  # one row per layer, one column per method
     "`layer_scores`, made by all processes together; ValueError for a method that needs all texts at once."
@@ -327,7 +329,10 @@ def spread_scores(
     stats = downstream = losses = None
     if set(methods) & set(FROM_STATS):
         stats = spread(
-            lambda some: read_layers(model, some, reduce=("elements", "samples")), batches, out=place("stats"), **options
+            lambda some: read_layers(model, some, reduce=("elements", "samples")),
+            batches,
+            out=place("stats"),
+            **options,
         )
     if set(methods) & set(FROM_DOWNSTREAM):
         downstream = spread(lambda some: downstream_stats(model, some), batches, out=place("downstream"), **options)
@@ -337,7 +342,11 @@ def spread_scores(
     def score(m: str):
         if m == "leave_one_out":
             return loss_increase(losses)
-        return FROM_DOWNSTREAM[m](downstream) if m in FROM_DOWNSTREAM else layer_scores(model, [], methods=[m], stats=stats)[m]
+        return (
+            FROM_DOWNSTREAM[m](downstream)
+            if m in FROM_DOWNSTREAM
+            else layer_scores(model, [], methods=[m], stats=stats)[m]
+        )
 
     return pd.DataFrame({m: pd.Series(score(m), pd.RangeIndex(len(blocks(model)), name="layer")) for m in methods})
 

@@ -137,7 +137,7 @@ def prune_to_folder(
     *,
     out: str | Path = "pruned",  # must not exist yet
     score: str = "avss",  # of `layer_scores`, or a column of `scores`
-    scores: str | Path = None,  # a CSV file with one row per layer, instead of measuring
+    scores: str | Path | None = None,  # a CSV file with one row per layer, instead of measuring
     trust_remote_code: bool = False,
     **settings,  # further `avss_nb.study.Settings`: fraction, heal_steps, passages, data, dtype, seed …
 ) -> Path:
@@ -167,8 +167,12 @@ def prune_to_folder(
     prune_layers(base_model, [n_layers - 1])
     if settings.heal_steps:
         pack_texts(data["train"], tokenizer, max_length=128, batch_size=4)
-    work = RunDirectory.open(out.with_name(out.name + ".partial"), recipe | content_key(settings.model), note="recipe.json").folder
-    calibration = batches(data["calibration"], tokenizer, max_length=settings.max_length, batch_size=4, overflow="truncate")
+    work = RunDirectory.open(
+        out.with_name(out.name + ".partial"), recipe | content_key(settings.model), note="recipe.json"
+    ).folder
+    calibration = batches(
+        data["calibration"], tokenizer, max_length=settings.max_length, batch_size=4, overflow="truncate"
+    )
     table = cached_table(
         work / "scores.csv",
         lambda: layer_scores(base_model, calibration, methods=[score], progress=True) if given is None else given,
@@ -207,7 +211,7 @@ def prune_to_folder(
     return out
 
 # %% ../nbs/51_shipping.ipynb #b8990674
-def main(arguments: list[str] = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     "The command `avss_prune`."
     parser = argparse.ArgumentParser(
         "avss_prune", description="Take the least important layers out of a language model, and say what that costs."

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .hooks import run_blocks
 from .metrics import N_BINS, LayerStats, bin_edges, magnitude_bins
 from .models import blocks, load_model, shared_copy
-from .surgery import _is_conv1d, projections
+from .surgery import is_conv1d, projections
 
 # %% ../nbs/40_sparsity.ipynb #0f1a0f12
 def projection_table(model: nn.Module, value) -> pd.DataFrame:
@@ -56,7 +56,7 @@ def projection_stats(
     model: nn.Module,
     batches: Iterable[dict],  # from `avss_nb.data.batches`; with a plan a few large ones
     *,
-    plan: pd.DataFrame = None,  # sparsity that each map shall have already while the text is read
+    plan: pd.DataFrame | None = None,  # sparsity that each map shall have already while the text is read
     progress: bool = False,
 ) -> LayerStats:  # `q_proj.hist` (L, N_BINS) and `q_proj.count` (L,), int64, and so on; 0 where a layer has no such map or did not run it
     """The magnitude histogram of the counted inputs of every projection, in one pass; with a plan each map passes on what lies above its threshold of
@@ -204,7 +204,7 @@ class SparseLinear:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "The map of the sparse input x (..., width)."
         if self.sparse_gemv and x.numel() == x.shape[-1] and x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
-            return _column_product(self.sparse(x), self.weight if _is_conv1d(self) else self.weight.t(), self.bias)
+            return _column_product(self.sparse(x), self.weight if is_conv1d(self) else self.weight.t(), self.bias)
         return super().forward(self.sparse(x))
 
 
@@ -240,7 +240,7 @@ def _values(
             raise ValueError(f"the calibration is of {stats.n_layers} layers, the model has {len(blocks(model))}")
         table = calibrate_thresholds(stats, plan)
     elif rule == "top_k":
-        width = projection_table(model, lambda m: m.weight.shape[0] if _is_conv1d(m) else m.weight.shape[1])
+        width = projection_table(model, lambda m: m.weight.shape[0] if is_conv1d(m) else m.weight.shape[1])
         table = ((1 - plan) * width.reindex_like(plan)).round()
     else:
         table = plan
@@ -278,7 +278,7 @@ def sparsify(
     | float,  # sparsity in [0, 1): one row per layer, one column per projection, NaN or 0: left as it is; or one for all
     *,
     rule: str = "threshold",  # of `SPARSITY_RULES`
-    stats: LayerStats = None,  # the calibration that `threshold` needs, from `projection_stats`
+    stats: LayerStats | None = None,  # the calibration that `threshold` needs, from `projection_stats`
     seed: int = 0,  # of `random`
 ):
     "Context manager: inside, the model's projections see a part of their inputs. ValueError for a plan that does not fit, or a layer that was not calibrated."
@@ -322,7 +322,7 @@ def realised_sparsity(
 
 # %% ../nbs/40_sparsity.ipynb #81af363b
 def _column_product(
-    x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor = None
+    x: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:  # (..., in) of one token, (in, out) contiguous, (out,) -> (..., out)
     "The product that reads only the columns of inputs that are not 0: one weighted sum of rows of Wᵀ for each thread."
     flat = x.reshape(-1)
@@ -341,7 +341,7 @@ def _install(model: PreTrainedModel, values: list[dict], rule: str, seed: int, s
     "Make the named projections of a model sparse for good, and note it in its config."
     for m, value, own_seed in _named_maps(model, values, seed):
         fits = sparse_gemv and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu"
-        if fits and not _is_conv1d(m):
+        if fits and not is_conv1d(m):
             m.weight = nn.Parameter(m.weight.detach().t().contiguous().t(), m.weight.requires_grad)
         sparsify_layer(m, rule, value, seed=own_seed, sparse_gemv=fits)
     model.config.activation_sparsity = dict(rule=rule, seed=seed, layers=values)
@@ -353,7 +353,7 @@ def make_sparse(
     plan: pd.DataFrame | float,
     *,
     rule: str = "threshold",
-    stats: LayerStats = None,
+    stats: LayerStats | None = None,
     seed: int = 0,
     sparse_gemv: bool = True,  # keep a copy of the weights by columns, and decode by them (float32 on a CPU, one token at a time)
 ) -> PreTrainedModel:  # another model; `model` is left as it was

@@ -211,10 +211,10 @@ def task_items(
     tokenizer: PreTrainedTokenizerBase,
     tasks: str | list[str],  # of `LOCAL_TASKS` and `OWN_TASKS`
     *,
-    limit: int = None,  # the first so many items of each task; default all
+    limit: int | None = None,  # the first so many items of each task; default all
     batch_size: int = 16,
-    path: str | Path = None,  # the data folder instead of AVSS_NB_DATA; what it lacks is asked of the hub
-    max_length: int = None,  # tokens of context; default the model's own
+    path: str | Path | None = None,  # the data folder instead of AVSS_NB_DATA; what it lacks is asked of the hub
+    max_length: int | None = None,  # tokens of context; default the model's own
     max_new_tokens: int = 32,  # of a generated answer (lm-eval itself: 256)
     num_fewshot: int = 0,  # examples in the prompt, drawn by a fixed seed; for triviaqa
 ) -> pd.DataFrame:  # index (task, item); the task's metrics, `logprobs` of each option or of the text (nats, summed), `answer`, `tied`, `words`, `bytes`
@@ -283,7 +283,7 @@ def evaluate_tasks(
     tokenizer: PreTrainedTokenizerBase,
     tasks: str | list[str],
     *,
-    limit: int = None,  # items of each task; default all
+    limit: int | None = None,  # items of each task; default all
     **options,  # of `task_items`
 ) -> pd.DataFrame:  # as `summarize_tasks`
     "What a model scores on lm-eval's tasks, with intervals; errors as in `task_items`."

@@ -27,7 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from .models import shared_copy
 
 # %% ../nbs/16_training.ipynb #ec7f8d70
-def pack_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int) -> torch.Tensor:
+def pack_texts(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
+) -> torch.Tensor:
     "(rows, max_length) token ids; ValueError where they do not fill one batch."
     if isinstance(texts, str):
         raise ValueError("`texts` is one string: give a list of strings")
@@ -110,7 +112,7 @@ def train_adapter(
     arguments: TrainingArguments,
     *,
     on_step=None,
-    progress: str = None,
+    progress: str | None = None,
     others: Iterable[nn.Module] = (),
 ) -> PreTrainedModel:
     "Wrap a twin in corrections, train it with the Trainer that `make(student, log_step)` gives, merge; `model` and `others`, whose weights it shares, stay as they were."

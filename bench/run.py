@@ -234,7 +234,9 @@ def sparse_decoding(model, data, shares: list[float], n_tokens: int, repeats: in
         return uniform_plan(model, share)
 
     calibrated = {share: projection_stats(model, data, plan=plan(share)) for share in shares}
-    models = {f"{share:g}": make_sparse(model, share, rule="threshold", stats=stats) for share, stats in calibrated.items()}
+    models = {
+        f"{share:g}": make_sparse(model, share, rule="threshold", stats=stats) for share, stats in calibrated.items()
+    }
     models["masked"] = make_sparse(model, shares[0], rule="threshold", stats=calibrated[shares[0]], sparse_gemv=False)
     cost, of_maps = (
         decoding_cost(dict(dense=model) | models, n_tokens=n_tokens, repeats=repeats),
@@ -363,7 +365,9 @@ def reading_answers(model, tokenizer, n: int, rounds: int) -> dict:
         id=list(range(n)), prompt_tokens=[ids[:40] for ids in texts], answer_tokens=[ids[40:] for ids in texts]
     )
     runs = dict(
-        forward=lambda: [run_blocks(model, batch) for batch in batch_rows(list(enumerate(texts)), tokenizer, batch_size=16)],
+        forward=lambda: [
+            run_blocks(model, batch) for batch in batch_rows(list(enumerate(texts)), tokenizer, batch_size=16)
+        ],
         collect=lambda: answer_stats(model, tokenizer, answers),
     )
     measure.interleaved(runs, 1)
@@ -379,7 +383,9 @@ def profiles(n: int, times: int, repeats: int) -> dict:
     stats, labels = AnswerStats(sums, [8] * n), np.arange(n) % 2 == 0
     runs = {
         within: lambda within=within: [
-            hallucination_profile(stats, labels, groups=np.arange(n) // 4, n_permutations=times, n_resamples=times, point=p, within=within)
+            hallucination_profile(
+                stats, labels, groups=np.arange(n) // 4, n_permutations=times, n_resamples=times, point=p, within=within
+            )
             for p in stats.points
         ]
         for within in (None, "question")

@@ -139,7 +139,9 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
     arms_ = dict(top=[dict(layers=[2, 3], rank=2)], last=[dict(layers=[4], rank=2, objective=None)], base_model=None)
 
     def variants(out: Path):
-        run_variants(llama, Letters(), QUESTIONS, arms_, chosen, seeds=(0,), out=out, **SHORT | dict(steps=6, save_every=2))
+        run_variants(
+            llama, Letters(), QUESTIONS, arms_, chosen, seeds=(0,), out=out, **SHORT | dict(steps=6, save_every=2)
+        )
 
     def tune(out: Path):
         torch.save(
@@ -161,6 +163,8 @@ if __name__ == "__main__":
         seconds = undisturbed(job, place / f"{name}-whole")
         labelled[name] = []
         while sum(sum(t.values()) for t in labelled[name]) < plan[name]["kills"]:
-            labelled[name].append(endure(job, place / f"{name}-{len(labelled[name])}", dice, plan[name]["changes"], seconds))
+            labelled[name].append(
+                endure(job, place / f"{name}-{len(labelled[name])}", dice, plan[name]["changes"], seconds)
+            )
         print(name, round(seconds, 1), labelled[name], round(time.process_time(), 1), file=sys.stderr, flush=True)
     print(json.dumps(labelled))

@@ -114,7 +114,8 @@ def test_a_padding_position_that_is_not_finite_is_not_counted():
     assert not torch.isfinite(got[0][1, 2:]).all()
     stats = collect_stats(model, [batch], reduce=("elements", "samples", "neurons"))
     assert all(
-        np.isfinite(variance(stats, point="relative_update", reduce=reduce)).all() for reduce in ("elements", "samples", "neurons")
+        np.isfinite(variance(stats, point="relative_update", reduce=reduce)).all()
+        for reduce in ("elements", "samples", "neurons")
     )
 
 
@@ -135,7 +136,9 @@ def test_last_hidden_state_is_post_norm(family, norm):
     before = collect_stats(model, [batch])
     model.base_model.get_submodule(norm).weight.data.mul_(100)
     after = collect_stats(model, [batch])
-    assert variance(before, point="output").equals(variance(after, point="output")) and sparsity(before).equals(sparsity(after))
+    assert variance(before, point="output").equals(variance(after, point="output")) and sparsity(before).equals(
+        sparsity(after)
+    )
 
 
 @pytest.mark.parametrize(

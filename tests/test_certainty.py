@@ -61,7 +61,9 @@ def test_certainty_of_a_certain_and_of_an_open_case():
     certain = score_certainty(made([[1.0, 2, 3, 4]] * 6), methods=["leave_one_out"]).loc["leave_one_out"]
     assert certain.lowest.tolist() == [1, 0, 0, 0] and (certain.low == certain.high).all()
     np.testing.assert_allclose(certain.score, [0.1, 0.2, 0.3, 0.4])
-    open_case = score_certainty(made([[1.0, 2, 9, 9], [2.0, 1, 9, 9]] * 10), methods=["leave_one_out"]).loc["leave_one_out"]
+    open_case = score_certainty(made([[1.0, 2, 9, 9], [2.0, 1, 9, 9]] * 10), methods=["leave_one_out"]).loc[
+        "leave_one_out"
+    ]
     assert 0.3 < open_case.lowest[0] < 0.7 and open_case.lowest[2] == 0 and open_case.lowest.sum() == pytest.approx(1)
     assert (open_case.low < open_case.score)[:2].all() and (open_case.score < open_case.high)[:2].all()
 
@@ -75,7 +77,10 @@ def test_the_seed_decides():
 def test_settling_by_hand():
     "Layer 0 looks cheapest until the dear text is read, whose cost outweighs all others."
     course = convergence(
-        made([[50.0, 9, 30, 30], [1.0, 9, 30, 30], [1.0, 9, 30, 30]]), methods=["leave_one_out"], fraction=0.25, n_orders=40
+        made([[50.0, 9, 30, 30], [1.0, 9, 30, 30], [1.0, 9, 30, 30]]),
+        methods=["leave_one_out"],
+        fraction=0.25,
+        n_orders=40,
     )
     found = course.xs("leave_one_out").found.unstack("n_texts")
     assert (

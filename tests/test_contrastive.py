@@ -16,7 +16,23 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from avss_nb.ablations import choose_variants, compare_variants, plot_variants, run_variants
-from avss_nb.contrastive import FrozenPrefix, OBJECTIVES, _aligned, _answer_logprobs, _unwrapped, contrast_losses, contrast_rows, contrastive_cosines, contrastive_score, contrastive_tune, info_nce, likelihood_contrast, own_wrong_answers, prototype_loss, triplet_loss
+from avss_nb.contrastive import (
+    FrozenPrefix,
+    OBJECTIVES,
+    _aligned,
+    _answer_logprobs,
+    _unwrapped,
+    contrast_losses,
+    contrast_rows,
+    contrastive_cosines,
+    contrastive_score,
+    contrastive_tune,
+    info_nce,
+    likelihood_contrast,
+    own_wrong_answers,
+    prototype_loss,
+    triplet_loss,
+)
 from avss_nb.evaluation import option_logprobs
 from avss_nb.models import blocks
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
@@ -78,8 +94,13 @@ def test_info_nce_is_the_cross_entropy_of_the_cosines(seed):
         cosines = torch.stack([F.cosine_similarity(a[i], x, dim=0) for x in (p[i], *others)])
         wanted.append(F.cross_entropy(cosines[None] / 0.3, torch.tensor([0])))
         apart += (0.4 + cosines[1:] - cosines[0]).clamp_min(0).tolist()
-    torch.testing.assert_close(info_nce(a, p, negatives=n, temperature=0.3, keep=keep, groups=groups, in_batch=True), torch.stack(wanted).mean())
-    assert np.isclose(triplet_loss(a, p, negatives=n, margin=0.4, keep=keep, groups=groups, in_batch=True), np.mean(apart), rtol=1e-5)
+    torch.testing.assert_close(
+        info_nce(a, p, negatives=n, temperature=0.3, keep=keep, groups=groups, in_batch=True),
+        torch.stack(wanted).mean(),
+    )
+    assert np.isclose(
+        triplet_loss(a, p, negatives=n, margin=0.4, keep=keep, groups=groups, in_batch=True), np.mean(apart), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("loss", [info_nce, triplet_loss], ids=lambda f: f.__name__)
@@ -455,7 +476,15 @@ def test_the_interval_covers_the_gain():
 def test_perplexity_is_of_all_tokens_and_items_must_agree():
     def text(nll):
         return pd.DataFrame(
-            dict(variant="base_model", run="0-0", set="text", measure="perplexity", item=[0, 1], value=nll, tokens=[10, 30])
+            dict(
+                variant="base_model",
+                run="0-0",
+                set="text",
+                measure="perplexity",
+                item=[0, 1],
+                value=nll,
+                tokens=[10, 30],
+            )
         ).set_index(["variant", "run", "set", "measure"])
 
     assert np.isclose(compare_variants(text([20.0, 90.0])).value.iloc[0], np.exp(110 / 40))
@@ -477,7 +506,9 @@ def test_arms_are_drawn_from_the_top():
     ]
     assert shown([("x", "mc1"), ("x", "margin")]) == [[("late", 0), ("early", 0.2)], [("late", 0.3), ("early", 0.4)]]
     (ax,) = plot_variants(table, {("x", "margin"): "lead"}, axes=None, order=["base_model", "early"])
-    assert shown({("x", "margin"): "lead"}, None, ["base_model", "early"]) == [[("base_model", 0), ("early", 0.4)]] and (
+    assert shown({("x", "margin"): "lead"}, None, ["base_model", "early"]) == [
+        [("base_model", 0), ("early", 0.4)]
+    ] and (
         ax.get_title(),
         ax.get_xlabel(),
     ) == ("lead", "")

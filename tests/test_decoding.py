@@ -57,7 +57,9 @@ def reference(family: str, model, text: list[int], layers: list[int], alpha: flo
     "(V,) contrasted scores of the token after a text: no padding, no cache, norm and head by name, in numpy."
     found, model_layers = {}, blocks(model)
     handles = [
-        model_layers[l].register_forward_hook(lambda m, a, out, l=l: found.update({l: out if torch.is_tensor(out) else out[0]}))
+        model_layers[l].register_forward_hook(
+            lambda m, a, out, l=l: found.update({l: out if torch.is_tensor(out) else out[0]})
+        )
         for l in layers
     ]
     try:
@@ -169,7 +171,9 @@ def test_options_under_contrast(family):
             len(tokenizer(prompts[row.item]).input_ids),
             tokenizer(prompts[row.item] + options[row.item][row.option]).input_ids,
         )
-        labelled = sum(log_softmax(reference(head, model, ids[:n], [0, 3], 0.0))[ids[n]] for n in range(start, len(ids)))
+        labelled = sum(
+            log_softmax(reference(head, model, ids[:n], [0, 3], 0.0))[ids[n]] for n in range(start, len(ids))
+        )
         assert row.logprob == pytest.approx(labelled, abs=5e-3)
 
 

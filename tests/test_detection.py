@@ -422,7 +422,9 @@ def test_length_comes_first_and_unfitted_detectors_are_tested_on_all():
             table.auroc_low[name] < table.auroc[name] < table.auroc_high[name]
             and table.auroc_seed_low[name] < table.auroc_seed_high[name]
         )
-    pd.testing.assert_frame_equal(table, evaluate_detectors(scores, wrong, groups=groups, seeds=range(4), n_resamples=200))
+    pd.testing.assert_frame_equal(
+        table, evaluate_detectors(scores, wrong, groups=groups, seeds=range(4), n_resamples=200)
+    )
     assert not table.equals(evaluate_detectors(scores, wrong, groups=groups, seeds=range(4), n_resamples=200, seed=1))
 
 
@@ -499,7 +501,9 @@ def test_bad_input_is_named():
     with pytest.raises(FloatingPointError, match="'odd' gives answer 13 the score nan"):
         evaluate_detectors(scores, wrong, groups=groups)
     with pytest.raises(FloatingPointError, match="'mine' gives answer"):
-        evaluate_detectors(scores[["length"]], wrong, groups=groups, fitted=dict(mine=lambda train, test: np.full(len(test), np.inf)))
+        evaluate_detectors(
+            scores[["length"]], wrong, groups=groups, fitted=dict(mine=lambda train, test: np.full(len(test), np.inf))
+        )
     with pytest.raises(ValueError, match="'length' is a column of scores and a fitted"):
         evaluate_detectors(scores[["length"]], wrong, groups=groups, fitted=dict(length=lambda train, test: test))
     with pytest.raises(ValueError, match="20 answers, and 19 labels"):
@@ -540,7 +544,9 @@ def planted(n=200, n_layers=8, layer=2, seed=0):
 
 def test_a_layer_that_means_something_is_found_and_adds():
     wrong, features, length = planted()
-    table = ranking_value(features, wrong, groups=None, ranking=None, k=1, baseline=(length, noise(200)), seeds=range(5))
+    table = ranking_value(
+        features, wrong, groups=None, ranking=None, k=1, baseline=(length, noise(200)), seeds=range(5)
+    )
     assert table.index.tolist() == ["baseline", "eavss, top 1", "eavss, bottom 1", "last 1", "random 1"]
     top = table.loc["eavss, top 1"]
     assert (

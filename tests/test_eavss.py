@@ -215,9 +215,13 @@ def test_equal_to_layer_statistics_over_the_same_tokens():
     for point in direct.points:
         np.testing.assert_allclose(variance(pooled, point=point), variance(direct, point=point), rtol=1e-9)
         for eps in (1e-5, 0.25, 0.5, 1.0):  # the published one, and edges of bins
-            np.testing.assert_allclose(sparsity(pooled, point=point, eps=eps), sparsity(direct, point=point, eps=eps), rtol=1e-9)
+            np.testing.assert_allclose(
+                sparsity(pooled, point=point, eps=eps), sparsity(direct, point=point, eps=eps), rtol=1e-9
+            )
             if eps > 1e-5:
-                np.testing.assert_allclose(avss(pooled, point=point, eps=eps), avss(direct, point=point, eps=eps), rtol=1e-9)
+                np.testing.assert_allclose(
+                    avss(pooled, point=point, eps=eps), avss(direct, point=point, eps=eps), rtol=1e-9
+                )
         assert abs(sparsity(pooled, point=point, tau=0.3) - sparsity(direct, point=point, tau=0.3)).max() < 0.01
 
 

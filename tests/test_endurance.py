@@ -100,7 +100,9 @@ def test_a_killed_run_ends_with_the_same_files(killed, name):
 
 
 def test_killed_trainings_end_with_the_same_weights(killed):
-    base_model, *others = (torch.load(f, weights_only=True) for f in sorted(killed[0].glob("tune-*.weights"), reverse=True))
+    base_model, *others = (
+        torch.load(f, weights_only=True) for f in sorted(killed[0].glob("tune-*.weights"), reverse=True)
+    )
     assert others and all(torch.equal(w[name], base_model[name]) for w in others for name in base_model)
 
 
@@ -278,7 +280,9 @@ def test_tables_of_a_study_cut_at_every_line_end(killed, tmp_path):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("work, name", [(answered, "settings.json"), (armed, "variants.json")], ids=["answers", "variants"])
+@pytest.mark.parametrize(
+    "work, name", [(answered, "settings.json"), (armed, "variants.json")], ids=["answers", "variants"]
+)
 def test_a_damaged_note_of_settings_is_not_guessed(tmp_path, work, name, how):
     work(tmp_path / "out")
     spoil(tmp_path / "out" / name, how)
@@ -401,7 +405,14 @@ def healed_in(out: Path, model):
 
 def taught_in(out: Path, model):
     return heal(
-        tiny("llama", vocab_size=300), ["So it goes. " * 20], teacher=model, tokenizer=PADS, out=out, steps=1, batch_size=1, max_length=8
+        tiny("llama", vocab_size=300),
+        ["So it goes. " * 20],
+        teacher=model,
+        tokenizer=PADS,
+        out=out,
+        steps=1,
+        batch_size=1,
+        max_length=8,
     )
 
 

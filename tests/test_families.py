@@ -187,12 +187,17 @@ def test_statistics_equal_naive_ones(family, side):
         assert (stats.get(point, "count") == 20 * kept[0, point][0].shape[-1]).all()
         for reduce in REDUCTIONS:
             for edge in (2.0**-6, 2.0**-3, 0.5):  # on a bin's edge the histogram is exact
-                found = variance(stats, point=point, reduce=reduce), sparsity(stats, point=point, reduce=reduce, eps=edge)
+                found = (
+                    variance(stats, point=point, reduce=reduce),
+                    sparsity(stats, point=point, reduce=reduce, eps=edge),
+                )
                 wanted = np.array([naive(kept[i, point], masks, reduce, eps=edge) for i in range(5)]).T
                 np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
                 np.testing.assert_allclose(found[1], wanted[1], atol=1e-12)
             wanted = [naive(kept[i, point], masks, reduce, tau=0.3)[1] for i in range(5)]
-            np.testing.assert_allclose(sparsity(stats, point=point, reduce=reduce, tau=0.3), wanted, atol=0.012)  # one bin
+            np.testing.assert_allclose(
+                sparsity(stats, point=point, reduce=reduce, tau=0.3), wanted, atol=0.012
+            )  # one bin
         np.testing.assert_array_equal(
             stats.get(point, "exact"),
             [sum((abs(a[m]) < 1e-5).sum() for a, m in zip(kept[i, point], masks)) for i in range(5)],
@@ -334,7 +339,9 @@ def test_half_precision_statistics(family, dtype):
                 rtol=1e-6,
             )
             np.testing.assert_allclose(
-                variance(half, point=point, reduce=reduce), variance(full, point=point, reduce=reduce), rtol=8 * torch.finfo(dtype).eps
+                variance(half, point=point, reduce=reduce),
+                variance(full, point=point, reduce=reduce),
+                rtol=8 * torch.finfo(dtype).eps,
             )
 
 
@@ -384,7 +391,9 @@ def test_statistics_of_a_block_that_returns_a_tuple():
     stats, (kept, masks) = collect_stats(model, some, points=POINTS), kept_activations(model, some)
     for point in POINTS:
         np.testing.assert_allclose(
-            variance(stats, point=point), [naive(kept[i, point], masks, "elements", eps=1)[0] for i in range(4)], rtol=1e-6
+            variance(stats, point=point),
+            [naive(kept[i, point], masks, "elements", eps=1)[0] for i in range(4)],
+            rtol=1e-6,
         )
     assert stats.get("output", "count").tolist() == [19 * 16] * 4
 
@@ -405,7 +414,9 @@ def test_padding_moves_nothing(family, side):
     wanted, found = (collect_stats(model, some, points=POINTS, reduce=REDUCTIONS) for some in (alone, [padded]))
     for point in POINTS:
         for reduce in REDUCTIONS:
-            np.testing.assert_allclose(variance(found, point=point, reduce=reduce), variance(wanted, point=point, reduce=reduce), rtol=1e-4)
+            np.testing.assert_allclose(
+                variance(found, point=point, reduce=reduce), variance(wanted, point=point, reduce=reduce), rtol=1e-4
+            )
 
 
 @pytest.fixture(scope="module")

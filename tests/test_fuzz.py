@@ -238,7 +238,9 @@ def test_tables_of_scores(place, data):
 def test_cached_tables(place, data, index):
     with watched(place, "stored tables"):
         file = write(place, "stored.csv", data)
-        found = clear(lambda: cached_table(file, lambda: pytest.fail("it is there"), index=index), str(file), "delete it")
+        found = clear(
+            lambda: cached_table(file, lambda: pytest.fail("it is there"), index=index), str(file), "delete it"
+        )
     assert found is None or isinstance(found, pd.DataFrame) and list(found.index.names) == [index]
     assert file.read_bytes() == data
 

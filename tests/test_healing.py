@@ -169,7 +169,9 @@ def test_costs_of_a_cache_that_is_not_keys_and_values():
 
 def test_cost_counts_shared_weights_once():
     base_model = tiny("llama", tie_word_embeddings=True)
-    cost = decoding_cost(dict(base_model=base_model, small=prune_layers(base_model, [1])), repeats=1, n_tokens=2, prompt_tokens=3)
+    cost = decoding_cost(
+        dict(base_model=base_model, small=prune_layers(base_model, [1])), repeats=1, n_tokens=2, prompt_tokens=3
+    )
     assert cost.weight_bytes["base_model"] == 4 * base_model.num_parameters() == 4 * cost.parameters["base_model"]
     assert cost.cache_bytes.tolist() == [
         n * 2 * 2 * 8 * 4 * 5 for n in (5, 4)

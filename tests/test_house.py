@@ -185,15 +185,26 @@ def imported_modules(cell) -> set[str]:
 
 @each_chapter
 def test_chapter_imports_from_chapters_above(chapter):
+    "A module from chapters above alone; what a chapter shows may also use the reference part."
     if chapter.name == "index.ipynb":
         return  # the index shows all of it
-    allowed = {module_of(c) for c in CHAPTERS if c.name <= chapter.name and c.name != "index.ipynb"}
-    wrong = [
-        f"{where(cell)} imports {sorted(late)}"
-        for cell in code_cells(chapter)
-        if (late := imported_modules(cell) - allowed)
-    ]
+    above = {module_of(c) for c in CHAPTERS if c.name <= chapter.name and c.name != "index.ipynb"}
+    reference = {module_of(c) for c in CHAPTERS if c.name.startswith("9")}
+    wrong = []
+    for cell in code_cells(chapter):
+        allowed = above if {"export", "exporti"} & (cell.directives_ or {}).keys() else above | reference
+        if late := imported_modules(cell) - allowed:
+            wrong.append(f"{where(cell)} imports {sorted(late)}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_private_name_crosses_modules():
+    private = []
+    for module in (ROOT / "avss_nb").glob("[!_]*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                private += [f"{module.name}: {a.name}" for a in node.names if a.name.startswith("_")]
+    assert not private
 
 
 def test_modules_are_exported_from_chapters():

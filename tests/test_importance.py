@@ -8,7 +8,16 @@ import torch
 
 from avss_nb.evaluation import LinearProbe, row_losses
 from avss_nb.hooks import read_activations, run_blocks
-from avss_nb.importance import FROM_STATS, angular_distance, sublayer_names, layer_scores, leave_one_out, shapley, sleb, taylor
+from avss_nb.importance import (
+    FROM_STATS,
+    angular_distance,
+    sublayer_names,
+    layer_scores,
+    leave_one_out,
+    shapley,
+    sleb,
+    taylor,
+)
 from avss_nb.metrics import avss, collect_stats
 from avss_nb.models import blocks
 from avss_nb.surgery import PassThrough, skip_layers
@@ -54,7 +63,9 @@ def test_every_score_is_finite_and_has_a_row_for_each_layer(family):
             *(["taylor", "leave_one_out", "sleb", "shapley"] if family not in ENCODERS else []),
         ],
     )
-    assert scores.index.tolist() == list(range(5)) and np.isfinite(scores.drop(columns="avss_published_code")).all(axis=None)
+    assert scores.index.tolist() == list(range(5)) and np.isfinite(scores.drop(columns="avss_published_code")).all(
+        axis=None
+    )
     np.testing.assert_array_equal(scores.avss, avss(collect_stats(model, texts())))
 
 
@@ -129,7 +140,9 @@ def test_a_race_drops_only_those_clearly_behind():
     def loss(model, batch):
         "Each missing layer costs its own price, give or take what depends on the text."
         runs.append(1)
-        removed = [i for i, block in enumerate(blocks(model)) if isinstance(block, PassThrough) and block.hidden is None]
+        removed = [
+            i for i, block in enumerate(blocks(model)) if isinstance(block, PassThrough) and block.hidden is None
+        ]
         noise = torch.rand(4, 5, generator=torch.Generator().manual_seed(int(batch["input_ids"].sum())))
         return sum(torch.tensor([5.0, 1.0, 3.0, 0.8, 4.0])[i] + noise[:, i] for i in removed).double(), torch.ones(4)
 
@@ -303,7 +316,13 @@ def test_bad_input_is_named(run, message):
 
 @pytest.mark.parametrize(
     "score",
-    [taylor, lambda m, b: sleb(m, b, 2), shapley, leave_one_out, lambda m, b: layer_scores(m, b, methods=[*FROM_STATS])],
+    [
+        taylor,
+        lambda m, b: sleb(m, b, 2),
+        shapley,
+        leave_one_out,
+        lambda m, b: layer_scores(m, b, methods=[*FROM_STATS]),
+    ],
     ids=["taylor", "sleb", "shapley", "leave_one_out", "statistics"],
 )
 def test_a_layer_that_is_not_finite_is_never_ranked(score):

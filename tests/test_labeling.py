@@ -267,7 +267,12 @@ def test_examples_are_others():
     )
     assert build_prompts(tokenizer, ASKED, style="few-shot", shots=shots, n_shots=3) == prompts
     assert (
-        len({build_prompts(tokenizer, ASKED[1:2], style="few-shot", shots=shots, n_shots=3, seed=s)[0][0] for s in range(9)})
+        len(
+            {
+                build_prompts(tokenizer, ASKED[1:2], style="few-shot", shots=shots, n_shots=3, seed=s)[0][0]
+                for s in range(9)
+            }
+        )
         > 3
     )
     with pytest.raises(ValueError, match="'q0' has 3 examples"):
@@ -480,7 +485,9 @@ def test_overlap_is_consistent(said, references, style):
 
 def labels(rule, answer, references, distractors=("zzz",), **options):
     return label_answers(
-        [dict(id="a", question="?", answers=list(references), distractors=list(distractors), answer=answer)], rule=rule, **options
+        [dict(id="a", question="?", answers=list(references), distractors=list(distractors), answer=answer)],
+        rule=rule,
+        **options,
     )[rule if isinstance(rule, str) else options.get("name", rule.__name__)][0]
 
 
@@ -852,7 +859,10 @@ def test_kappa_by_hand():
         and kappa.loc["a", "c"] == 0
         and np.isnan(kappa.loc["c", "c"])
     )
-    assert rule_disagreements(table, rules=["a", "b"]).index.tolist() == [2, 5] and len(rule_disagreements(table, rules=["a"])) == 0
+    assert (
+        rule_disagreements(table, rules=["a", "b"]).index.tolist() == [2, 5]
+        and len(rule_disagreements(table, rules=["a"])) == 0
+    )
     with pytest.raises(ValueError, match="run label_answers"):
         rule_agreement(table.drop(columns=["a", "b", "c"]))
 

@@ -34,7 +34,19 @@ from avss_nb.metrics import REDUCTIONS, collect_stats
 from avss_nb.models import blocks, load_model
 from avss_nb.surgery import skip_layers
 from avss_nb.cost import meta_model, memory_plan
-from avss_nb.scale import _exchange, _packed, _read, _unpacked, _write, estimate, launch, processes, share, spread, spread_scores
+from avss_nb.scale import (
+    _exchange,
+    _packed,
+    _read,
+    _unpacked,
+    _write,
+    estimate,
+    launch,
+    processes,
+    share,
+    spread,
+    spread_scores,
+)
 
 POINTS = ("output", "relative_update", "attention", "mlp_hidden")
 TOKENIZER = SimpleNamespace(pad_token_id=1, padding_side="right")
@@ -66,7 +78,9 @@ def test_all_shares_are_all_items_and_none_twice(n_items, n):
 
 def test_shares_of_a_dataset():
     data = Dataset.from_dict(dict(x=range(5)))
-    assert [share(data, number=i, n=3)["x"][:] for i in range(3)] == [[0, 3], [1, 4], [2]] and len(share(data, number=6, n=7)) == 0
+    assert [share(data, number=i, n=3)["x"][:] for i in range(3)] == [[0, 3], [1, 4], [2]] and len(
+        share(data, number=6, n=7)
+    ) == 0
 
 
 def everything(model, texts, answers) -> dict:
@@ -84,7 +98,15 @@ def everything(model, texts, answers) -> dict:
         scores=spread_scores(
             model,
             texts,
-            methods=["avss", "avss_published_code", "block_influence", "influence_downstream", "leave_one_out", "magnitude", "random"],
+            methods=[
+                "avss",
+                "avss_published_code",
+                "block_influence",
+                "influence_downstream",
+                "leave_one_out",
+                "magnitude",
+                "random",
+            ],
         ),
     )
 
@@ -94,7 +116,10 @@ def test_several_processes_equal_one(n):
     model, texts, answers = tiny("llama"), text_batches(), some_answers()
     alone, together = everything(model, texts, answers), launch(everything, model, texts, answers, n=n)
     assert [found["who"] for found in together] == [(i, n) for i in range(n)]
-    plain, said = collect_stats(model, texts, points=POINTS, reduce=REDUCTIONS), answer_stats(model, TOKENIZER, answers, points=POINTS)
+    plain, said = (
+        collect_stats(model, texts, points=POINTS, reduce=REDUCTIONS),
+        answer_stats(model, TOKENIZER, answers, points=POINTS),
+    )
     for found in together:
         for name, t in plain.sums.items():
             np.testing.assert_allclose(found["stats"][name], t, rtol=1e-9, atol=1e-9 * abs(t).max(), err_msg=name)
@@ -326,7 +351,9 @@ def check_same(model, other, batches: list[dict]):
     said = [answer_stats(m, TOKENIZER, some_answers(3), points=("relative_update",)) for m in (model, other)]
     assert torch.equal(*(s.sums["relative_update.sumsq"] for s in said))
     methods = ["avss", "block_influence", "avss_downstream", "leave_one_out", "magnitude"]
-    pd.testing.assert_frame_equal(*(layer_scores(m, batches, methods=methods) for m in (model, other)), check_exact=True)
+    pd.testing.assert_frame_equal(
+        *(layer_scores(m, batches, methods=methods) for m in (model, other)), check_exact=True
+    )
     pd.testing.assert_series_equal(*(angular_distance(m, batches, n=2) for m in (model, other)), check_exact=True)
     pd.testing.assert_frame_equal(
         *(removal_losses(m, batches, layers=["attention.1", "mlp.3", 4]) for m in (model, other)), check_exact=True
@@ -508,7 +535,10 @@ def test_estimates_count_what_torch_counts(family):
 
 def test_a_plan_is_in_proportion():
     model = tiny("llama")
-    plan, twice = memory_plan(model, batch_size=4, max_length=16), memory_plan(model.config, batch_size=8, max_length=16, dtype=torch.float32)
+    plan, twice = (
+        memory_plan(model, batch_size=4, max_length=16),
+        memory_plan(model.config, batch_size=8, max_length=16, dtype=torch.float32),
+    )
     assert plan.loc["weights"].tolist() == [4 * model.num_parameters()] * 3
     for part in ("one block at work", "streams into all blocks"):
         assert (twice.loc[part] == 2 * plan.loc[part]).all()

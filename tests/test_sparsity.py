@@ -16,9 +16,37 @@ from avss_nb.metrics import N_BINS, LayerStats, magnitude_bins
 from avss_nb.models import blocks, load_model
 from avss_nb.pruning import measure_removal, paired_difference
 from avss_nb.surgery import skip_layers
-from avss_nb.allocation import _MOST, _spectrum, acttail_plan, greedy_plan, hill_exponent, measure_plans, sparse_variants, weight_exponents
+from avss_nb.allocation import (
+    _MOST,
+    _spectrum,
+    acttail_plan,
+    greedy_plan,
+    hill_exponent,
+    measure_plans,
+    sparse_variants,
+    weight_exponents,
+)
 from avss_nb.surgery import projections
-from avss_nb.sparsity import SPARSITY_RULES, SparseLinear, _column_product, _random_mask, calibrate_thresholds, densify_layer, load_sparse, make_sparse, make_sparse, mean_sparsity, projection_sizes, projection_stats, quantile, realised_sparsity, sparsify, sparsify_layer, top_k, uniform_plan
+from avss_nb.sparsity import (
+    SPARSITY_RULES,
+    SparseLinear,
+    _column_product,
+    _random_mask,
+    calibrate_thresholds,
+    densify_layer,
+    load_sparse,
+    make_sparse,
+    make_sparse,
+    mean_sparsity,
+    projection_sizes,
+    projection_stats,
+    quantile,
+    realised_sparsity,
+    sparsify,
+    sparsify_layer,
+    top_k,
+    uniform_plan,
+)
 from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
@@ -494,7 +522,9 @@ def test_arms_leave_out_what_they_say():
     "All four as many inputs, of a share that is no round number; by thresholds the first two, calibrated on the sparse model."
     model, text, share = tiny("llama"), [batch_of(9, 4, 6)], 1 / 3
     path = greedy_plan(model, text, projection_stats(model, text), sparsity=share, step=share / 10)
-    variants = {name: make() for name, make in sparse_variants(model, text, share, path, weight_exponents(model)).items()}
+    variants = {
+        name: make() for name, make in sparse_variants(model, text, share, path, weight_exponents(model)).items()
+    }
     assert [(name, variant.get("rule", "threshold")) for name, variant in variants.items()] == [
         ("uniform", "threshold"),
         ("greedy", "threshold"),

@@ -244,7 +244,10 @@ def bundled():
         "Why? Because it is so, and not otherwise.",
     ]
     stats = collect_stats(
-        model, batches(texts, tokenizer, batch_size=1, max_length=16), points=("output", "relative_update"), reduce=REDUCTIONS
+        model,
+        batches(texts, tokenizer, batch_size=1, max_length=16),
+        points=("output", "relative_update"),
+        reduce=REDUCTIONS,
     )
     return model, tokenizer, texts, stats
 
@@ -268,7 +271,9 @@ def test_batching_moves_nothing(bundled, data):
     for point in alone.points:
         assert (other.get(point, "count") == alone.get(point, "count")).all()
         for reduce in REDUCTIONS:
-            np.testing.assert_allclose(variance(other, point=point, reduce=reduce), variance(alone, point=point, reduce=reduce), rtol=1e-4)
+            np.testing.assert_allclose(
+                variance(other, point=point, reduce=reduce), variance(alone, point=point, reduce=reduce), rtol=1e-4
+            )
         np.testing.assert_allclose(sparsity(other, point=point), sparsity(alone, point=point), rtol=1e-4, atol=2e-5)
 
 

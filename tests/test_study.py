@@ -158,7 +158,11 @@ def test_results_are_plain_numbers(finished):
     results = json.loads(
         (out / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
-    assert results["n_layers"] == 8 and len(results["loss_increase"]) == 8 and len(results["removal"]["avss"]["removes"]) == 2
+    assert (
+        results["n_layers"] == 8
+        and len(results["loss_increase"]) == 8
+        and len(results["removal"]["avss"]["removes"]) == 2
+    )
     assert results["versions"]["torch"] == torch.__version__ and results["device"] and results["settings"]["seed"] == 0
     assert load_file(out / "stats.safetensors")["output.hist"].shape == (8, 8192)
 
@@ -205,7 +209,9 @@ def test_questions_that_do_not_fit_the_window():
         name: [index] if isinstance(index, str) else index for name, index in ANSWER_TABLES.items()
     }
     assert {name: [*table.columns] for name, table in found.items()} == dict(
-        answers=["asked"], hallucination=["value", "low", "high", "p", "q"], detectors=["auroc", "auroc_low", "auroc_high"]
+        answers=["asked"],
+        hallucination=["value", "low", "high", "p", "q"],
+        detectors=["auroc", "auroc_low", "auroc_high"],
     )
     assert not any(map(len, found.values()))
 
