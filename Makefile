@@ -6,13 +6,13 @@ READY := .venv/ready
 .DEFAULT_GOAL := help
 
 # glibc keeps what is freed for the next tensor: fresh pages for the logits of every pass take a tenth of its time.
-study test run studies profile: export MALLOC_MMAP_THRESHOLD_ := 4294967296
-study test run studies profile: export MALLOC_TRIM_THRESHOLD_ := 4294967296
+study test test-all run studies profile: export MALLOC_MMAP_THRESHOLD_ := 4294967296
+study test test-all run studies profile: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: help study test lab docs bench profile studies run export readme clean
+.PHONY: help study test test-all tables lab docs bench profile studies run export readme clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt bundled-models.txt
 	@echo "Setting up .venv: about two minutes and 3 GB the first time"
@@ -24,8 +24,16 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt bundled-models.tx
 study: $(READY)  ## study the layers of the bundled model, report in results/smollm2-135m
 	$(BIN)/avss_study smollm2-135m --out results/smollm2-135m $(if $(AVSS_NB_DATA),--data "$(AVSS_NB_DATA)")
 
-test: $(READY)  ## run every notebook and every test
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
+test: $(READY)  ## run every test, and every chapter from its stored tables (ten minutes)
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)  ## measure every table of the chapters anew, and run the long sweeps (forty minutes)
+	AVSS_NB_FRESH=1 $(PYTEST) -m "slow or chapter"
+
+tables: $(READY)  ## measure the tables of chapters anew and store them (NBS="nbs/23_importance.ipynb" for some)
+	AVSS_NB_FRESH=store $(BIN)/python nbs/_run.py $(NBS)
 
 lab: $(READY)  ## read and run the chapters in JupyterLab
 	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) nbs

@@ -10,6 +10,12 @@ config = ConfigParser()
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 readme = here / "README.md"
+extras = {
+    name.removesuffix("_requirements"): cfg[name].split()
+    for name in cfg
+    if name.endswith("_requirements") and name != "dev_requirements"
+}
+everything = [line for lines in extras.values() for line in lines]
 
 setup(
     name=cfg["lib_name"],
@@ -32,7 +38,7 @@ setup(
     package_data={cfg["lib_name"]: cfg["package_data"].split()},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require=extras | {"all": everything, "dev": everything + cfg["dev_requirements"].split()},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -1,4 +1,5 @@
-"""Every chapter runs from top to bottom, each in a process of its own, as nbdev runs it."""
+"""Every chapter runs from top to bottom, each in a process of its own, as nbdev runs it: from its stored tables, or with AVSS_NB_FRESH=1
+measured anew and compared with them."""
 
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import ROOT
 MINUTES = 40  # the longest that one chapter may take
 
 
+@pytest.mark.chapter
 @pytest.mark.parametrize("chapter", chapters(), ids=lambda path: path.stem)
 def test_chapter_runs(chapter):
     command = [Path(sys.executable).with_name("nbdev_test"), "--path", chapter]
