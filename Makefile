@@ -17,7 +17,7 @@ help:  ## show this list
 $(READY): settings.ini setup.py pyproject.toml constraints.txt bundled-models.txt
 	@echo "Setting up .venv: about two minutes and 3 GB the first time"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --config-settings editable_mode=compat -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r bundled-models.txt
 	@touch $@
 

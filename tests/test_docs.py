@@ -151,7 +151,7 @@ SHAPE = re.compile(
 def test_arrays_and_tables_say_their_shape(module):
     "A tensor or an array its sizes, a table or a series what a row is (`per layer`: index `layer`)."
     source = module.read_text(encoding="utf-8").splitlines()
-    no_answer_rate = [
+    missing = [
         f"{module.name}:{n.lineno} {n.name}"
         for n in exported(module)
         if isinstance(n, ast.FunctionDef)
@@ -159,7 +159,7 @@ def test_arrays_and_tables_say_their_shape(module):
         and ARRAY.search(ast.unparse(n.returns))
         and not SHAPE.search(said(n, source))
     ]
-    assert not no_answer_rate, "\n".join(no_answer_rate)
+    assert not missing, "\n".join(missing)
 
 
 UNITS = dict(
@@ -202,7 +202,7 @@ def unit(name: str) -> str | None:
 @each_module
 def test_numbers_with_a_unit_say_it(module):
     "Arguments in the comment beside them (or the docstring), names of functions and of what they return anywhere in what is said."
-    source, no_answer_rate = module.read_text(encoding="utf-8").splitlines(), []
+    source, missing = module.read_text(encoding="utf-8").splitlines(), []
     for node in exported(module):
         if not isinstance(node, ast.FunctionDef):
             continue
@@ -212,12 +212,12 @@ def test_numbers_with_a_unit_say_it(module):
             | {a.arg for a in arguments(node) if a.arg not in COMMON}
             | set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", end.partition("#")[2])))) - FUNCTIONS
         )
-        no_answer_rate += [
+        missing += [
             f"{module.name}:{node.lineno} {node.name}: {name}"
             for name in sorted(names)
             if (u := unit(name)) and not re.search(u, text) and not is_property(node)
         ]
-    assert not no_answer_rate, "\n".join(no_answer_rate)
+    assert not missing, "\n".join(missing)
 
 
 # Functions that are a formula or an algorithm somebody published, or our version of one.
@@ -246,10 +246,10 @@ def test_formulas_name_their_source(module):
     source, nodes = module.read_text(encoding="utf-8").splitlines(), {n.name: n for n in exported(module)}
     names = FORMULAS.get(module.stem, "").split()
     assert set(names) <= nodes.keys()
-    no_answer_rate = [
+    missing = [
         f"{module.name}:{nodes[name].lineno} {name}" for name in names if not SOURCE.search(said(nodes[name], source))
     ]
-    assert not no_answer_rate, "\n".join(no_answer_rate)
+    assert not missing, "\n".join(missing)
 
 
 def test_every_score_has_a_source():

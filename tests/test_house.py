@@ -12,6 +12,7 @@ from nbdev.process import NBProcessor
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import _map
 import _run
 import _site
 from conftest import NBS, ROOT, run
@@ -202,9 +203,13 @@ def test_no_private_name_crosses_modules():
     private = []
     for module in (ROOT / "avss_nb").glob("[!_]*.py"):
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("avss_nb")):
                 private += [f"{module.name}: {a.name}" for a in node.names if a.name.startswith("_")]
     assert not private
+
+
+def test_map_of_the_modules_is_drawn_from_their_imports():
+    assert _map.FILE.read_text(encoding="utf-8") == _map.drawing(), "run `python nbs/_map.py`"
 
 
 def test_modules_are_exported_from_chapters():
