@@ -1,6 +1,8 @@
-"""Where the time of the chapters and of `make study` goes: `make profile`, or `python bench/chapters.py 23_importance "make study"` for some of them.
+"""Where the time of the chapters and of `make study` goes: `make profile`, or `python bench/chapters.py
+23_importance "make study"` for some of them.
 
-Writes chapters.md, the tables, and chapters.json, the numbers behind them. A chapter runs as in `make test`: in a process
+Writes chapters.md, the tables, and chapters.json, the numbers behind them. A chapter runs as in `make test`: in a
+process
 of its own with one thread, as many at once as there are cores. The study runs alone, with all cores, under cProfile.
 """
 
@@ -83,9 +85,10 @@ def page(found: dict[str, dict[str, float]], machine: dict) -> str:
     lines = [
         "# Where the time goes",
         "",
-        "Written by `make profile`. {cpu}, {cores} cores, torch {versions[torch]}, transformers {versions[transformers]}, Python {python}.".format_map(
-            machine
-        ),
+        (
+            "Written by `make profile`. {cpu}, {cores} cores, torch {versions[torch]}, transformers "
+            "{versions[transformers]}, Python {python}."
+        ).format_map(machine),
         "",
         "## Chapters",
         "",
@@ -96,7 +99,11 @@ def page(found: dict[str, dict[str, float]], machine: dict) -> str:
     ]
     for name, parts in chapters.items():
         lines.append(
-            f"| {name} | {total(name, parts):.0f} | {'; '.join(f'{part} ({seconds:.0f})' for part, seconds in list(parts.items())[:2] if seconds >= 1)} |"
+            (
+                f"| {name} | {total(name, parts):.0f} | "
+                f"{'; '.join(f'{part} ({seconds:.0f})' for part, seconds in list(parts.items())[:2] if seconds >= 1)} "
+                f"|"
+            )
         )
     lines.append(f"| all | {sum(total(name, parts) for name, parts in chapters.items()):.0f} | |")
     if STUDY in found:

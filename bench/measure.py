@@ -20,7 +20,8 @@ from avss_nb.hooks import model_inputs, run_blocks
 from avss_nb.metrics import collect_stats, variance
 from avss_nb.models import blocks, load_model
 
-# ---- the work: each function runs all batches; those that read the activations return the variance of each block's output
+# ---- the work: each function runs all batches; those that read the activations return the variance of each block's
+# output
 
 
 def forward(model, data):
@@ -147,7 +148,8 @@ def memory_now(field: str) -> float:
 
 
 def peak_memory(run) -> tuple[float, object]:
-    "Peak of resident memory while `run` runs, above what there was before (MB), and its result. The kernel's peak is reset first."
+    """Peak of resident memory while `run` runs, above what there was before (MB), and its result. The kernel's peak
+    is reset first."""
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_now("VmRSS")
     result = run()
@@ -177,7 +179,8 @@ def cpu_of_others() -> float:
 
 
 def load(model_folder: str = None):
-    "The model with its weights in memory of its own: pages of the mapped file come and go, and would be charged to a later pass."
+    """The model with its weights in memory of its own: pages of the mapped file come and go, and would be charged to
+    a later pass."""
     model, tokenizer = load_model(model_folder or "smollm2-135m", device="cpu")
     for weight in model.parameters():
         weight.data = weight.data.clone()

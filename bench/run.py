@@ -1,7 +1,9 @@
 """Measure this package side by side with other libraries: `make bench`.
 
-Writes bench/results.md, the table, and bench/results.json, the numbers behind it. The rivals live in `.venv-bench`, made
-here from bench/requirements.txt. Let the machine be quiet: what other processes took of it is measured and written down too.
+Writes bench/results.md, the table, and bench/results.json, the numbers behind it. The rivals live in `.venv-bench`,
+made
+here from bench/requirements.txt. Let the machine be quiet: what other processes took of it is measured and written
+down too.
 """
 
 import argparse
@@ -169,7 +171,8 @@ def naive_leave_one_out(model, data) -> list[float]:
 
 
 def leave_one_out_both_ways(model, data, repeats: int) -> dict:
-    "Median seconds, peak memory and loss increases of leave-one-out with and without reusing hidden states, and the seconds that its block and head passes alone take."
+    """Median seconds, peak memory and loss increases of leave-one-out with and without reusing hidden states, and
+    the seconds that its block and head passes alone take."""
     ways = dict(reused=leave_one_out, naive=naive_leave_one_out)
     plain = dict(
         blocks=lambda: [run_blocks(model, b) for b in data], whole=lambda: [row_losses(model, b) for b in data]
@@ -210,7 +213,8 @@ def naive_sleb(model, data, n: int) -> list[int]:
 
 
 def sleb_both_ways(model, tokenizer, data, held_out, n: int) -> dict:
-    "Seconds and choices of SLEB with reuse and a race, and the plain way; held-out perplexity without the layers that each chose."
+    """Seconds and choices of SLEB with reuse and a race, and the plain way; held-out perplexity without the layers
+    that each chose."""
     seconds, chosen = {}, {}
     for name, run in dict(raced=sleb, naive=naive_sleb).items():
         seconds[name], chosen[name] = timed(lambda: list(map(int, run(model, data, n))))
@@ -228,7 +232,8 @@ def sleb_both_ways(model, tokenizer, data, held_out, n: int) -> dict:
 
 
 def sparse_decoding(model, data, shares: list[float], n_tokens: int, repeats: int) -> dict:
-    "Milliseconds a token of the dense model, of sparse ones by columns and of one by masks alone, in turn; what the sparse ones left out while they decoded, and the limit from the parameters that are then read."
+    """Milliseconds a token of the dense model, of sparse ones by columns and of one by masks alone, in turn; what
+    the sparse ones left out while they decoded, and the limit from the parameters that are then read."""
 
     def plan(share):
         return uniform_plan(model, share)
@@ -294,7 +299,8 @@ def options_both_ways(model, tokenizer, n: int, rounds: int) -> dict:
 
 
 def healing_step(model, data, rounds: int) -> dict:
-    "Seconds of distilling one batch, forward and backward; with torch's own divergence; and of the plain passes in it: the teacher's, the student's and the way back."
+    """Seconds of distilling one batch, forward and backward; with torch's own divergence; and of the plain passes in
+    it: the teacher's, the student's and the way back."""
     from peft import LoraConfig, get_peft_model
 
     small, ids = (
@@ -329,7 +335,8 @@ def healing_step(model, data, rounds: int) -> dict:
 
 
 def tuning_both_ways(model, tokenizer, layers: list[int], n: int, steps: int, rounds: int) -> dict:
-    "Seconds a step of contrastive training with the frozen blocks passed over and by the plain Trainer, in turn; each step's loss; seconds of the one pass through the frozen blocks."
+    """Seconds a step of contrastive training with the frozen blocks passed over and by the plain Trainer, in turn;
+    each step's loss; seconds of the one pass through the frozen blocks."""
     questions, found = (
         load_questions("atlas").select(range(n)),
         dict(layers=layers, questions=n, seconds=dict(reused=[], plain=[]), losses={}),
@@ -357,7 +364,8 @@ def tuning_both_ways(model, tokenizer, layers: list[int], n: int, steps: int, ro
 
 
 def reading_answers(model, tokenizer, n: int, rounds: int) -> dict:
-    "Seconds of the pass through the blocks over answers with their prompts, and of collecting the answers' statistics, interleaved."
+    """Seconds of the pass through the blocks over answers with their prompts, and of collecting the answers'
+    statistics, interleaved."""
     texts = [
         ids[: 40 + 5 + i % 11] for i, ids in enumerate(tokenizer(load_text("pydoc", split="train", n=n)).input_ids)
     ]  # answers of 5 to 15 tokens
@@ -375,7 +383,8 @@ def reading_answers(model, tokenizer, n: int, rounds: int) -> dict:
 
 
 def profiles(n: int, times: int, repeats: int) -> dict:
-    "Seconds of the profiles at two points: answers of a made-up network of 30 layers, as many permutations and as many bootstrap samples."
+    """Seconds of the profiles at two points: answers of a made-up network of 30 layers, as many permutations and as
+    many bootstrap samples."""
     owner, draw, sums = torch.arange(n).repeat_interleave(8), torch.Generator().manual_seed(0), {}
     for point in ("output", "relative_update"):
         layers = [_answer_sums(torch.randn(len(owner), 64, generator=draw), owner, n) for _ in range(30)]

@@ -107,7 +107,10 @@ def sleb_rows(results: dict) -> list[str]:
     faster, worse = seconds["naive"] / seconds["raced"], left["raced"] / left["naive"] - 1
     return [
         row(
-            f"SLEB for {len(found['chosen']['raced'])} blocks with reuse and a race: times faster than the naive way, {found['tokens']:,} tokens",
+            (
+                f"SLEB for {len(found['chosen']['raced'])} blocks with reuse and a race: times faster than the naive "
+                f"way, {found['tokens']:,} tokens"
+            ),
             f"{faster:.2f} ({seconds['raced']:.0f} s, {seconds['naive']:.0f} s)",
             *at_least(faster, 3),
         ),
@@ -124,7 +127,10 @@ def decoding_rows(results: dict) -> list[str]:
     found = results["decoding"]
     return [
         row(
-            "Decoding without 7 of 30 blocks: speed-up over the base model, as a part of the ideal (ratio of the parameters)",
+            (
+                "Decoding without 7 of 30 blocks: speed-up over the base model, as a part of the ideal (ratio of the "
+                "parameters)"
+            ),
             f"{found['of_ideal']:.3f} ({found['speedup']:.3f} of {found['ideal']:.3f})",
             *at_least(found["of_ideal"], 0.95),
         )
@@ -150,7 +156,10 @@ def sparsity_rows(results: dict) -> list[str]:
                     *at_least(round(f["speedup"], 2), {"0.5": 1.2}.get(name, 1)),
                 ),
                 row(
-                    f"… as a part of the limit from the parameters read, {f['realised']:.1%} of the projections' inputs being zero",
+                    (
+                        f"… as a part of the limit from the parameters read, {f['realised']:.1%} of the projections' "
+                        f"inputs being zero"
+                    ),
                     f"{f['speedup'] / f['ideal']:.2f} (of {f['ideal']:.2f})",
                     "–",
                     "",
@@ -164,7 +173,10 @@ def options_rows(results: dict) -> list[str]:
     faster = ratios(found["seconds"]["lm_eval"], found["seconds"]["ours"])
     return [
         row(
-            f"Likelihoods of the options of {found['questions']} atlas questions: times faster than lm-eval, its set-up included",
+            (
+                f"Likelihoods of the options of {found['questions']} atlas questions: times faster than lm-eval, its "
+                f"set-up included"
+            ),
             spread(faster),
             *at_least(median(faster), 1),
         ),
@@ -181,7 +193,10 @@ def healing_rows(results: dict) -> list[str]:
     over = {name: ratios(found["seconds"]["ours"], found["seconds"][name]) for name in ("plain", "torch")}
     return [
         row(
-            f"A step of distillation, {found['tokens']} tokens: time over the teacher's pass, the student's and the way back",
+            (
+                f"A step of distillation, {found['tokens']} tokens: time over the teacher's pass, the student's and "
+                f"the way back"
+            ),
             spread(over["plain"]),
             "–",
             "",
@@ -196,7 +211,10 @@ def tuning_rows(results: dict) -> list[str]:
     saved = (median(found["seconds"]["plain"]) - median(found["seconds"]["reused"])) * found["questions"] / 4
     return [
         row(
-            f"Contrastive training of blocks {layers[0]} to {layers[-1]} of 30, the frozen ones below passed over: steps a second, times the plain Trainer's",
+            (
+                f"Contrastive training of blocks {layers[0]} to {layers[-1]} of 30, the frozen ones below passed over: "
+                f"steps a second, times the plain Trainer's"
+            ),
             spread(faster),
             *at_least(median(faster), 1.5),
         ),
@@ -218,11 +236,17 @@ def answers_rows(results: dict) -> list[str]:
     read, nulls = results["answers"], results["nulls"]
     over, size = (
         ratios(read["seconds"]["collect"], read["seconds"]["forward"]),
-        f"{nulls['answers']:,} answers × 30 layers × 2 points, {nulls['times']:,} permutations and {nulls['times']:,} bootstrap samples",
+        (
+            f"{nulls['answers']:,} answers × 30 layers × 2 points, {nulls['times']:,} permutations and "
+            f"{nulls['times']:,} bootstrap samples"
+        ),
     )
     return [
         row(
-            f"Time of `answer_stats` over the pass through the blocks alone, {read['answers']} answers, {read['tokens']:,} tokens with their prompts",
+            (
+                f"Time of `answer_stats` over the pass through the blocks alone, {read['answers']} answers, "
+                f"{read['tokens']:,} tokens with their prompts"
+            ),
             spread(over),
             *against(median(over), ANSWERS_BAR),
         ),
@@ -259,30 +283,43 @@ def page(results: dict) -> str:
         rivals["hidden_states"]["variance"],
         f"{results['sizes']['base'][0]}×{results['length']}",
     )
+    parts = [time_rows, memory_rows, leave_one_out_rows, sleb_rows, decoding_rows, sparsity_rows, options_rows]
+    rows = [row for part in [*parts, healing_rows, tuning_rows, answers_rows] for row in part(results)]
+    columns = "time ratio", "memory above the pass", "variance off, all layers but the last"
     return f"""# Measurements
 
-Written by `make bench`. {m["cpu"]}, {m["cores"]} cores, torch {m["versions"]["torch"]} with {m["threads"]} threads, transformers {m["versions"]["transformers"]}, Python {m["python"]}.
-SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding. While the times were taken other processes used {results["others"]:.1%} of the CPU.{elsewhere}
+Written by `make bench`. {m["cpu"]}, {m["cores"]} cores, torch {m["versions"]["torch"]} with {m["threads"]} threads, \
+transformers {m["versions"]["transformers"]}, Python {m["python"]}.
+SmolLM2-135M-Instruct in float32 on full windows of pydoc, so nothing is padding. While the times were taken other \
+processes used {results["others"]:.1%} of the CPU.{elsewhere}
 
 ## Against the bars
 
 `collect_stats` at two reading points (`output`, `relative_update`): float64 sums and the histogram.
 
 {head("measured", "figure", "bar", "met")}
-{chr(10).join(time_rows(results) + memory_rows(results) + leave_one_out_rows(results) + sleb_rows(results) + decoding_rows(results) + sparsity_rows(results) + options_rows(results) + healing_rows(results) + tuning_rows(results) + answers_rows(results))}
+{chr(10).join(rows)}
 
-## Beside other libraries
+## Next to other libraries
 
-The same work for each: the variance of every block's output, one batch of {size} tokens, no output head. Time is over the plain pass through the blocks, memory above it; the variance is compared with avss_nb's.
+The same work for each: the variance of every block's output, one batch of {size} tokens, no output head. Time is over \
+the plain pass through the blocks, memory above it; the variance is compared with avss_nb's.
 
-{head("library", "time ratio", "memory above the pass", "variance off, all layers but the last", "variance off, last layer")}
+{head("library", *columns, "variance off, last layer")}
 {chr(10).join(rival_row(name, found, results, ours) for name, found in rivals.items())}
 
-The last hidden state of `output_hidden_states` comes after the final norm: it gives the last layer a variance of {last[-1]:.4g}, and the block's output has {ours[-1]:.4g}.
+The last hidden state of `output_hidden_states` comes after the final norm: it gives the last layer a variance of \
+{last[-1]:.4g}, and the block's output has {ours[-1]:.4g}.
 
 How it was measured:
 
-- Time: median ratio of {len(results["overhead"]["forward"])} rounds in one process after a warm-up, runs in turn and every other round in the opposite order (in brackets the smallest and largest); {len(rivals["collect_output"]["seconds"]["work"])} pairs for each library, in a process of its own. Leave-one-out: the median of 3 runs each way, in turn.
-- Memory: every figure from a fresh process, `VmHWM` of /proc/self/status (the kernel's own peak, reset after loading, a tiny warm-up and one read of every weight) less the resident memory before; median of {len(results["memory"]["base"]["forward"])} processes for the first size, one for the others. glibc's allocator as it comes.
+- Time: median ratio of {len(results["overhead"]["forward"])} rounds in one process after a warm-up, runs in turn and \
+every other round in the opposite order (in brackets the smallest and largest); \
+{len(rivals["collect_output"]["seconds"]["work"])} pairs for each library, in a process of its own. Leave-one-out: the \
+median of 3 runs each way, in turn.
+- Memory: every figure from a fresh process, `VmHWM` of /proc/self/status (the kernel's own peak, reset after loading, \
+a tiny warm-up and one read of every weight) less the resident memory before; median of \
+{len(results["memory"]["base"]["forward"])} processes for the first size, one for the others. glibc's allocator as it \
+comes.
 - The table's numbers in full: results.json.
 """

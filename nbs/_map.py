@@ -2,7 +2,8 @@
 
     python nbs/_map.py
 
-A row is a module, in the order of the chapters; a dot says that it imports the module of that column. All dots lie below
+A row is a module, in the order of the chapters; a dot says that it imports the module of that column. All dots lie
+below
 the diagonal: a module imports from chapters above it alone.
 """
 
@@ -69,7 +70,10 @@ def drawing() -> str:
     names = list(chapters)
     size = LEFT + len(names) * CELL + 90, TOP + len(names) * CELL + 16
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" font-family="sans-serif" font-size="12">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" font-family="sans-serif" '
+            f'font-size="12">'
+        ),
         f'<rect width="{size[0]}" height="{size[1]}" fill="white"/>',
         text(8, 20, "A dot: the module of this row", fill="#333"),
         text(8, 36, "imports that of the column", fill="#333"),

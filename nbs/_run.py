@@ -3,7 +3,8 @@
     python nbs/_run.py                    every chapter, in reading order
     python nbs/_run.py nbs/13_metrics.ipynb nbs/22_pruning.ipynb
 
-Each notebook runs in a process of its own, in the folder `nbs`, and skips the cells that `nbdev_test` skips. The same run
+Each notebook runs in a process of its own, in the folder `nbs`, and skips the cells that `nbdev_test` skips. The
+same run
 twice writes the same bytes. A notebook is written only when it ran through and its outputs are fit to keep: no warning,
 no traceback, no path of this machine.
 """

@@ -4,7 +4,8 @@
     python nbs/_site.py readme            the README alone
     python nbs/_site.py --out some/folder the site alone, in another folder
 
-With Quarto on the PATH, Quarto builds the site (`nbdev_docs`). Without it smalldocs does, from the same notebooks and the
+With Quarto on the PATH, Quarto builds the site (`nbdev_docs`). Without it smalldocs does, from the same notebooks
+and the
 same `_quarto.yml`; its pages are then made to read without a network: formulas become MathML, nothing is loaded from
 another host, and links to the documentation and the source stay inside the site.
 """

@@ -1,4 +1,5 @@
-"""What several test files use: the project's folders, a browser that looks at pages, and the order in which several processes take the tests."""
+"""What several test files use: the project's folders, a browser that looks at pages, and the order in which several
+processes take the tests."""
 
 import json
 import os
@@ -40,7 +41,8 @@ FLAGS = [
 PROSE = """
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), parts = [];
 for (let node = walker.nextNode(); node; node = walker.nextNode())
-  if (!node.parentElement.closest('pre, code, script, style, noscript, template, math annotation')) parts.push(node.data);
+  if (!node.parentElement.closest('pre, code, script, style, noscript, template, math annotation')) \
+parts.push(node.data);
 return parts.join('\\n');
 """
 BROKEN_IMAGES = (
@@ -101,7 +103,8 @@ def pytest_collection_modifyitems(items):
 
 
 class ByFile(LoadScopeScheduling):
-    "Each chapter wherever there is room; all tests of another file in one process, since they share what was made for them."
+    """Each chapter wherever there is room; all tests of another file in one process, since they share what was made
+    for them."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]

@@ -107,7 +107,10 @@ def test_every_figure_stands_beside_its_bar(results):
         "yes",
     ]
     assert figures[
-        "Decoding without 7 of 30 blocks: speed-up over the base model, as a part of the ideal (ratio of the parameters)"
+        (
+            "Decoding without 7 of 30 blocks: speed-up over the base model, as a part of the ideal (ratio of the "
+            "parameters)"
+        )
     ] == ["0.960 (1.200 of 1.250)", "≥ 0.95", "yes"]
     assert figures["Decoding at 50% activation sparsity: times faster than dense"] == [
         "1.50 (20.0 ms, 30.0 ms)",
@@ -124,7 +127,10 @@ def test_every_figure_stands_beside_its_bar(results):
     ] == ["3.000 (3.000 to 3.000)", "≥ 1", "yes"]
     assert figures["… over the same step with torch's `kl_div`"][0] == "0.750 (0.750 to 0.750)"
     assert figures[
-        "Contrastive training of blocks 20 to 22 of 30, the frozen ones below passed over: steps a second, times the plain Trainer's"
+        (
+            "Contrastive training of blocks 20 to 22 of 30, the frozen ones below passed over: steps a second, times "
+            "the plain Trainer's"
+        )
     ] == ["2.000 (1.000 to 3.000)", "≥ 1.5", "yes"]
     assert (
         figures["… largest relative difference of a step's loss"] == ["2e-05", "≤ 1e-05", "**no**"]

@@ -74,7 +74,8 @@ def no_docstring(node, source: list[str]) -> list[str]:
 
 
 def silent_arguments(node, source: list[str]) -> list[str]:
-    "Each is described by a comment beside it, by its name in the docstring, by a type that says it (a choice, a flag), or as one of the words that mean the same everywhere."
+    """Each is described by a comment beside it, by its name in the docstring, by a type that says it (a choice, a
+    flag), or as one of the words that mean the same everywhere."""
     text = ast.get_docstring(node) or ""
 
     def described(a: ast.arg) -> bool:
@@ -142,7 +143,8 @@ def test_what_is_exported_is_described(module, check):
 ARRAY = re.compile(r"\b(Tensor|ndarray|DataFrame|Series)\b")
 SIZE = r"(\w+|\d+|\.\.\.)( ?[+−] ?\d+)?"
 SHAPE = re.compile(
-    rf"\b(a|an|one|each) (row|column)\b|\brows? an? |× rules|\bindex\b|\b[Pp]er (first )?(layer|item|question)\b|\bscalars?\b|\bsame shape\b"
+    rf"\b(a|an|one|each) (row|column)\b|\brows? an? |× rules|\bindex\b|\b[Pp]er (first "
+    rf")?(layer|item|question)\b|\bscalars?\b|\bsame shape\b"
     rf"|\b[Aa]s `\w+`|\btables? `[\w, ]+` of a `Study`|\((\.\.\.|{SIZE},|{SIZE}(, {SIZE})+)\)"
 )
 
@@ -201,7 +203,8 @@ def unit(name: str) -> str | None:
 
 @each_module
 def test_numbers_with_a_unit_say_it(module):
-    "Arguments in the comment beside them (or the docstring), names of functions and of what they return anywhere in what is said."
+    """Arguments in the comment beside them (or the docstring), names of functions and of what they return anywhere
+    in what is said."""
     source, missing = module.read_text(encoding="utf-8").splitlines(), []
     for node in exported(module):
         if not isinstance(node, ast.FunctionDef):
@@ -227,7 +230,9 @@ FORMULAS = dict(
     importance="block_influence angular_distance taylor leave_one_out sleb shapley downstream_stats",
     evaluation="expected_calibration_error multiple_choice calibration retention",
     eavss="eavss hsav hss hallucination_profile",
-    detection="prediction_rejection_ratio semantic_entropy eigenscore probe_detector eavss_ranking mahalanobis_detector",
+    detection=(
+        "prediction_rejection_ratio semantic_entropy eigenscore probe_detector eavss_ranking mahalanobis_detector"
+    ),
     contrastive="info_nce triplet_loss prototype_loss likelihood_contrast contrastive_tune contrastive_cosines",
     decoding="contrast exit_logits dola dola_generate contrast_candidates majority_vote abstain jensen_shannon",
     labeling="normalize_answer token_f1 rouge_l nli_judge similarity_judge rule_agreement",
@@ -236,7 +241,11 @@ FORMULAS = dict(
     scale="memory_plan estimate",
 )
 SOURCE = re.compile(
-    r"arXiv \d{4}\.\d{5}|[Oo]ur (reading|arithmetic|null|addition|own)|is ours|are ours|\beq\. |[Aa]lgorithm \d|\bet al\. \d{4}|, \d{4}\)|\((AVSS|DoLa|SLEB|Shortened LLaMA|ShortGPT)\b|\bSQuAD\b|TruthfulQA's|DoLa's|`rouge_score`|scikit-learn|SAPLMA"
+    (
+        r"arXiv \d{4}\.\d{5}|[Oo]ur (reading|arithmetic|null|addition|own)|is ours|are ours|\beq\. |[Aa]lgorithm "
+        r"\d|\bet al\. \d{4}|, \d{4}\)|\((AVSS|DoLa|SLEB|Shortened "
+        r"LLaMA|ShortGPT)\b|\bSQuAD\b|TruthfulQA's|DoLa's|`rouge_score`|scikit-learn|SAPLMA"
+    )
 )
 
 

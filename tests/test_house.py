@@ -151,7 +151,8 @@ def test_title_cell_is_what_the_site_shows(chapter):
 
 @each_chapter
 def test_imports_stand_alone(chapter):
-    "To document functions the site runs every cell that imports; one that shows something would show it anew, from another run."
+    """To document functions the site runs every cell that imports; one that shows something would show it anew, from
+    another run."""
     mixed = [
         where(cell)
         for cell in code_cells(chapter)
@@ -227,12 +228,14 @@ def test_site_lists_every_chapter_in_order():
 
 
 def test_gallery_shows_figures_as_they_stand():
-    images = lambda chapter: [
-        o["data"]["image/png"].strip()
-        for cell in code_cells(chapter)
-        for o in cell.outputs
-        if "image/png" in o.get("data", {})
-    ]
+    def images(chapter):
+        return [
+            o["data"]["image/png"].strip()
+            for cell in code_cells(chapter)
+            for o in cell.outputs
+            if "image/png" in o.get("data", {})
+        ]
+
     stored = {image for chapter in CHAPTERS if chapter.stem != "95_gallery" for image in images(chapter)}
     shown = images(NBS / "95_gallery.ipynb")
     assert len(shown) == 10 and stored.issuperset(shown), "run `make run NBS=nbs/95_gallery.ipynb`"

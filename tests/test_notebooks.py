@@ -1,4 +1,5 @@
-"""Every chapter runs from top to bottom, each in a process of its own, as nbdev runs it: from its stored tables, or with AVSS_NB_FRESH=1
+"""Every chapter runs from top to bottom, each in a process of its own, as nbdev runs it: from its stored tables, or
+with AVSS_NB_FRESH=1
 measured anew and compared with them."""
 
 import subprocess

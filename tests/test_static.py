@@ -1,4 +1,5 @@
-"""What two checkers find without running anything: ruff and mypy, as pyproject.toml sets them; and what a user's checker sees."""
+"""What two checkers find without running anything: ruff and mypy, as pyproject.toml sets them; and what a user's
+checker sees."""
 
 import subprocess
 import sys

@@ -20,7 +20,8 @@ LONGEST_LINE, LONGEST_CELL = 120, 25
 
 
 def test_lines_and_statements():
-    "Of package, tests, benches and the code of notebooks: at most 120 characters, one statement, no lambda with a name."
+    """Of package, tests, benches and the code of notebooks: at most 120 characters, one statement, no lambda with a
+    name."""
     notebooks = sorted(str(path) for path in NBS.glob("*.ipynb"))
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--isolated", "--line-length", str(LONGEST_LINE)]
     command += ["--output-format", "concise", "--select", "E501,E701,E702,E731", "--exclude", "_modidx.py"]

@@ -1,4 +1,5 @@
-"""No logic stands twice: no more than ten lines of code in a row are the same anywhere in package, tests, benches and chapters, names and numbers aside."""
+"""No logic stands twice: no more than ten lines of code in a row are the same anywhere in package, tests, benches
+and chapters, names and numbers aside."""
 
 import io
 import keyword
@@ -15,7 +16,8 @@ SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, toke
 
 
 def lines(source: str, names: bool) -> list[tuple[int, str]]:
-    "The lines that do something, with their numbers: without comments and white space, `names` or not; docstrings and imports are none."
+    """The lines that do something, with their numbers: without comments and white space, `names` or not; docstrings
+    and imports are none."""
     found, line, first = [], [], 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.NEWLINE:
