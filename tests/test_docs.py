@@ -228,7 +228,8 @@ FORMULAS = dict(
     metrics="variance normalized_variance sparsity avss navss cavss",
     hooks="relative_update",
     importance="block_influence angular_distance taylor leave_one_out sleb shapley downstream_stats",
-    evaluation="expected_calibration_error multiple_choice calibration retention",
+    evaluation="multiple_choice retention",
+    confidence="expected_calibration_error calibration",
     eavss="eavss hsav hss hallucination_profile",
     detection=(
         "prediction_rejection_ratio semantic_entropy eigenscore probe_detector eavss_ranking mahalanobis_detector"
@@ -236,9 +237,12 @@ FORMULAS = dict(
     contrastive="info_nce triplet_loss prototype_loss likelihood_contrast contrastive_tune contrastive_cosines",
     decoding="contrast exit_logits dola dola_generate contrast_candidates majority_vote abstain jensen_shannon",
     labeling="normalize_answer token_f1 rouge_l nli_judge similarity_judge rule_agreement",
-    pruning="select_layers healing_loss heal",
-    sparsity="calibrate_thresholds top_k greedy_plan hill_exponent weight_exponents acttail_plan",
-    scale="memory_plan estimate",
+    pruning="select_layers",
+    healing="healing_loss heal",
+    sparsity="calibrate_thresholds top_k",
+    allocation="greedy_plan hill_exponent weight_exponents acttail_plan",
+    cost="memory_plan",
+    scale="estimate",
 )
 SOURCE = re.compile(
     (
@@ -263,7 +267,7 @@ def test_formulas_name_their_source(module):
 
 def test_every_score_has_a_source():
     "What a table of scores offers by name is among the formulas, or needs none."
-    from avss_nb.importance import BY_RUNNING
+    from avss_nb.importance import score_names
 
     plain = {"magnitude", "position", "random"}
-    assert set(BY_RUNNING) - plain <= set(FORMULAS["importance"].split())
+    assert set(score_names("run")) - plain <= set(FORMULAS["importance"].split())
