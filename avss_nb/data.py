@@ -235,7 +235,7 @@ def _decoded(file: Path) -> str:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{file}, line {line} is not UTF-8 text: it is corrupted, get the file again") from None
 
-
+# %% ../nbs/12_data.ipynb #aaf66148
 def _records(file: Path, delimiter: str, quoting: bool) -> Iterator[tuple[int, list[str]]]:
     "(first line, cells) of each record of a table; ValueError naming the line that cannot be read."
     lines = (line + "\n" for line in _decoded(file).split("\n"))

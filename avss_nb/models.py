@@ -174,8 +174,10 @@ def _bundled(name: str) -> Path | None:
         return bundled_encoder()
     return None
 
-
-def resolve_model(name_or_path: str | Path) -> str:
+# %% ../nbs/10_models.ipynb #594ae8ef
+def resolve_model(
+    name_or_path: str | Path,  # short name, folder, GGUF file or hub id
+) -> str:
     "A folder or hub id for `from_pretrained`; FileNotFoundError for a path at which there is no model."
     path, name = Path(os.path.expanduser(name_or_path)), str(name_or_path)
     if name in KNOWN_MODELS:
@@ -278,8 +280,10 @@ def _sampled(file: Path) -> bytes:
             pieces.append(data.read(4096))
     return b"".join(pieces)
 
-
-def content_key(name_or_path: str | Path) -> dict[str, str]:
+# %% ../nbs/10_models.ipynb #7d4155a0
+def content_key(
+    name_or_path: str | Path,  # as in `load_model`
+) -> dict[str, str]:
     """`content`: a digest of the files of a model (GGUF, or `*.json` and `*.safetensors` of a folder);
     {} for a name, which needs none."""
     path = Path(os.path.expanduser(name_or_path))

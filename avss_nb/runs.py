@@ -82,8 +82,8 @@ def _noted_key(note: Path) -> dict | None:
 
 # %% ../nbs/15_runs.ipynb #cafe7c05
 def check_run(folder: str | Path, key: dict, *, note: str = "settings.json") -> None:
-    """Before long work: ValueError when `folder` holds a run with another key, or something else; OSError when it cannot
-    be written. Nothing is made."""
+    """Before long work: ValueError when `folder` holds a run with another key, or something else;
+    OSError when it cannot be written. Nothing is made."""
     folder, key = Path(folder), json.loads(json.dumps(key))
     if (folder / note).exists():
         noted = _noted_key(folder / note)
@@ -127,7 +127,7 @@ class RunDirectory(_Folder):
 
     @classmethod
     def open(
-        cls,
+        cls,  # this class, or one made of it
         folder: str | Path,
         key: dict,  # settings, model, data: what decides the results; ready for JSON
         *,
@@ -166,7 +166,7 @@ def key_of(value) -> object:
 
 # %% ../nbs/15_runs.ipynb #0c85856f
 def disagreements(
-    fresh: pd.DataFrame,
+    fresh: pd.DataFrame,  # measured now
     stored: pd.DataFrame,  # of the same shape
     tolerance: float | dict[str, float | None],  # absolute and relative; by column; None: not compared
 ) -> list[str]:  # one line per column that differs
