@@ -85,7 +85,7 @@ class Reader(Protocol):
 
 QUESTIONS: Registry[Reader] = Registry("questions")  # chapter Benchmarks adds the public sets
 SENTENCES: Registry[Reader] = Registry("sentences")
-TEXTS: Registry[Reader] = Registry("passages")
+TEXTS: Registry[Reader] = Registry("texts")
 
 # %% ../nbs/12_data.ipynb #31b91d0e
 Row = TypeVar("Row")
@@ -536,7 +536,7 @@ def load_sentences(
         rows = _named("sentences", SENTENCES, name, path, split)
     return Dataset.from_list(_drawn(rows, n, seed, name + " has {} sentences"), features=SENTENCE)
 
-# %% ../nbs/12_data.ipynb #5b598850
+# %% ../nbs/12_data.ipynb #211440d7
 def load_text(
     name: str,  # `pydoc`, `wikitext2`, `shakespeare`
     *,
@@ -547,7 +547,7 @@ def load_text(
 ) -> list[str]:  # passages of about 1,300 characters
     "Running text as passages; errors as in `load_questions`."
     file = _own_file(path)
-    rows = _passages(_decoded(file)) if file else _named("passages", TEXTS, name, path, split)
+    rows = _passages(_decoded(file)) if file else _named("texts", TEXTS, name, path, split)
     return _drawn(rows, n, seed, name + " has {} passages")
 
 # %% ../nbs/12_data.ipynb #4f68b219
