@@ -82,8 +82,8 @@ def _noted_key(note: Path) -> dict | None:
 
 # %% ../nbs/15_runs.ipynb #cafe7c05
 def check_run(folder: str | Path, key: dict, *, note: str = "settings.json") -> None:
-    """Before long work: ValueError when `folder` holds a run with another key, or something else; OSError when it cannot
-    be written. Nothing is made."""
+    """Before long work: ValueError when `folder` holds a run with another key, or something else;
+    OSError when it cannot be written. Nothing is made."""
     folder, key = Path(folder), json.loads(json.dumps(key))
     if (folder / note).exists():
         noted = _noted_key(folder / note)
@@ -127,7 +127,7 @@ class RunDirectory(_Folder):
 
     @classmethod
     def open(
-        cls,
+        cls,  # this class, or one made of it
         folder: str | Path,
         key: dict,  # settings, model, data: what decides the results; ready for JSON
         *,
@@ -151,7 +151,7 @@ def _digest(value) -> str:
 
 
 def key_of(value) -> object:
-    "What stands for a value in a key: a model's `model_key`, a digest of data, plain values as they are."
+    "What represents a value in a key: a model's `model_key`, a digest of data, plain values as they are."
     if isinstance(value, nn.Module):
         return model_key(value)
     if value is None or isinstance(value, str | int | float | bool):
@@ -166,7 +166,7 @@ def key_of(value) -> object:
 
 # %% ../nbs/15_runs.ipynb #0c85856f
 def disagreements(
-    fresh: pd.DataFrame,
+    fresh: pd.DataFrame,  # measured now
     stored: pd.DataFrame,  # of the same shape
     tolerance: float | dict[str, float | None],  # absolute and relative; by column; None: not compared
 ) -> list[str]:  # one line per column that differs
@@ -211,7 +211,7 @@ class _ReadTables(_ChapterKey):
 
     def _stored(self, name: str, key: dict, index) -> pd.DataFrame:
         "The stored table; ValueError naming one that is missing or was measured otherwise."
-        note, remedy = self.folder / f"{name}.json", "measure it anew with AVSS_NB_FRESH=store"
+        note, remedy = self.folder / f"{name}.json", "measure it again with AVSS_NB_FRESH=store"
         if not note.exists():
             raise ValueError(f"the table {self.folder / name}.csv is not stored: {remedy}")
         noted = json.loads(note.read_text(encoding="utf-8"))["settings"]
@@ -259,9 +259,9 @@ class ChapterTables(_MeasuredTables):
         *,
         index: str | list[str] = "layer",
         tolerance: float | dict[str, float | None] = 1e-3,  # as in `disagreements`
-        **key,  # what this table depends on besides
+        **key,  # what else this table depends on
     ) -> pd.DataFrame:  # as `make` gives it
-        """The stored table; with AVSS_NB_FRESH=1 measured anew and compared, with AVSS_NB_FRESH=store stored anew.
+        """The stored table; with AVSS_NB_FRESH=1 measured again and compared, with AVSS_NB_FRESH=store replaced.
         ValueError naming a table that is missing or was measured with another key, AssertionError one that differs."""
         key = json.loads(json.dumps(self.key | {k: key_of(v) for k, v in key.items()} | dict(code=avss_nb.__version__)))
         how = os.environ.get("AVSS_NB_FRESH", "")

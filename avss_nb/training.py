@@ -9,7 +9,7 @@ __all__ = ['pack_texts', 'last_checkpoint', 'seeded_rng', 'trainer_arguments', '
 import json
 import random
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -22,15 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 from .models import shared_copy
 
 # %% ../nbs/16_training.ipynb #ec7f8d70
 def pack_texts(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
-) -> torch.Tensor:
-    "(rows, max_length) token ids; ValueError where they do not fill one batch."
+    texts: Iterable[str],  # to train on
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,  # tokens per row
+    batch_size: int,  # rows that there must be at least
+) -> torch.Tensor:  # (rows, max_length) token ids
+    "Texts as rows of equal length; ValueError where they do not fill one batch."
     if isinstance(texts, str):
         raise ValueError("`texts` is one string: give a list of strings")
     if not (texts := list(texts)):
@@ -45,12 +48,6 @@ def pack_texts(
     return torch.tensor(ids[: n * max_length]).view(n, max_length)
 
 # %% ../nbs/16_training.ipynb #7872bc94
-def last_checkpoint(out: Path) -> str | None:
-    "The newest checkpoint that was written to its end: the state of the Trainer comes last. A damaged one is passed over."
-    found = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda p: -int(p.parent.name.rpartition("-")[2]))
-    return next((str(p.parent) for p in found if _is_complete(p.parent)), None)
-
-
 def _is_complete(checkpoint: Path) -> bool:
     "Whether every file of a checkpoint is as it was written."
     try:
@@ -60,10 +57,24 @@ def _is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError, SafetensorError, BadZipFile):
         return False
 
+
+def _step(checkpoint: Path) -> int:
+    "The step at which a checkpoint was written."
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_checkpoint(out: Path) -> str | None:
+    "The newest checkpoint in a folder that was written to its end; a damaged one is passed over."
+    written = [state.parent for state in out.glob("checkpoint-*/trainer_state.json")]  # the Trainer's state comes last
+    for checkpoint in sorted(written, key=_step, reverse=True):
+        if _is_complete(checkpoint):
+            return str(checkpoint)
+    return None
+
 # %% ../nbs/16_training.ipynb #10b4b064
 @contextmanager
-def seeded_rng(seed: int):
-    "Inside, random numbers follow the seed; afterwards the caller's go on."
+def seeded_rng(seed: int) -> Iterator[None]:
+    "Context manager: inside, random numbers follow the seed; afterwards the caller's continue."
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -73,74 +84,94 @@ def seeded_rng(seed: int):
             random.setstate(python)
             np.random.set_state(numpy)
 
+# %% ../nbs/16_training.ipynb #531363b5
+_PLAIN = dict(
+    lr_scheduler_type="cosine",
+    weight_decay=0.0,
+    save_total_limit=2,
+    logging_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    remove_unused_columns=False,
+)
+
 # %% ../nbs/16_training.ipynb #82dcc966
 def trainer_arguments(
-    folder: Path,
-    model: PreTrainedModel,
+    folder: Path,  # of the checkpoints
+    model: PreTrainedModel,  # whose device is used
     steps: int,
     batch_size: int,
-    learning_rate: float,
+    learning_rate: float,  # at its peak, after a twentieth of the steps
     seed: int,
-    save_every: int | None,
+    save_every: int | None,  # steps between checkpoints; None: no checkpoint
 ) -> TrainingArguments:
-    "What both kinds of training ask of the Trainer: a twentieth of the steps up, then a cosine down; no report, checkpoints where wanted."
-    return TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=batch_size,
-        max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        weight_decay=0.0,
-        seed=seed,
-        data_seed=seed,
-        use_cpu=model.device.type == "cpu",
-        save_strategy="steps" if save_every else "no",
-        save_steps=save_every or 1,
-        save_total_limit=2,
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+    "What all training asks of the Trainer: a twentieth of the steps up, then a cosine down; no report."
+    saving = dict(save_strategy="steps" if save_every else "no", save_steps=save_every or 1)
+    seeds = dict(seed=seed, data_seed=seed)
+    schedule = dict(max_steps=steps, warmup_steps=steps // 20, learning_rate=learning_rate)
+    on_cpu = model.device.type == "cpu"
+    size = dict(per_device_train_batch_size=batch_size)
+    return TrainingArguments(str(folder), use_cpu=on_cpu, **size, **schedule, **seeds, **saving, **_PLAIN)
+
+# %% ../nbs/16_training.ipynb #0ac20bea
+@contextmanager
+def _kept_trainable(*models: nn.Module) -> Iterator[None]:
+    "Context manager: afterwards every parameter needs gradients, or needs none, as before."
+    before = [(p, p.requires_grad) for model in models for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for p, needed in before:
+            p.requires_grad_(needed)
+
+
+def _wrapped(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
+    "A second model over the same weights, with adapters; peft's warnings of its own choices are not shown."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(shared_copy(model), config)
+
+# %% ../nbs/16_training.ipynb #4a14e409
+def _merged(student: nn.Module) -> PreTrainedModel:
+    "The trained model without adapters: they are added to weights of its own, all others are shared."
+    for layer in student.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        base = layer.get_base_layer()
+        for name, p in list(base.named_parameters(recurse=False)):
+            setattr(base, name, nn.Parameter(p.detach().clone()))
+    return student.merge_and_unload().eval().requires_grad_(True)
+
+
+def _run_trainer(trainer: Trainer, student: nn.Module, arguments: TrainingArguments) -> None:
+    "Train from the start, or resume from the newest complete checkpoint."
+    trainer.pop_callback(PrinterCallback)
+    last = last_checkpoint(Path(arguments.output_dir))
+    if last and last.endswith(f"-{arguments.max_steps}"):  # finished: the Trainer would take one step more
+        set_peft_model_state_dict(student, load_file(Path(last) / "adapter_model.safetensors"))
+    else:
+        trainer.train(resume_from_checkpoint=last)
 
 # %% ../nbs/16_training.ipynb #0f5454a6
 def train_adapter(
-    model: PreTrainedModel,
-    config: LoraConfig,
-    make: Callable,
-    arguments: TrainingArguments,
+    model: PreTrainedModel,  # stays as it was
+    config: LoraConfig,  # which layers get adapters, and their rank
+    make: Callable[..., Trainer],  # of the student and a function of (step, loss) that reports progress
+    arguments: TrainingArguments,  # from `trainer_arguments`
     *,
-    on_step=None,
-    progress: str | None = None,
-    others: Iterable[nn.Module] = (),
-) -> PreTrainedModel:
-    "Wrap a twin in corrections, train it with the Trainer that `make(student, log_step)` gives, merge; `model` and `others`, whose weights it shares, stay as they were."
-    shared = [(p, p.requires_grad) for m in (model, *others) for p in m.parameters()]
-    try:
-        with warnings.catch_warnings():  # peft's, of what it settles by itself
-            warnings.simplefilter("ignore")
-            student = get_peft_model(shared_copy(model), config)
+    on_step: Callable[[int, float], object] | None = None,  # called with each step and its loss
+    progress: str | None = None,  # the bar's name; None: no bar
+    others: Iterable[nn.Module] = (),  # models that share its weights, such as a teacher; they stay as they were
+) -> PreTrainedModel:  # of the same class, adapters merged
+    "Train LoRA adapters (arXiv 2106.09685) with a Trainer, and merge them; a run that was stopped resumes."
+    with _kept_trainable(model, *others):
+        student = _wrapped(model, config)
         with tqdm(total=arguments.max_steps, desc=progress, disable=progress is None) as bar:
 
-            def log_step(step: int, loss):
+            def log_step(step: int, loss) -> None:
                 bar.update(step + 1 - bar.n)
                 if on_step:
                     on_step(step, loss)
 
-            trainer = make(student, log_step)
-            trainer.pop_callback(PrinterCallback)
-            last = last_checkpoint(Path(arguments.output_dir))
-            if last and last.endswith(f"-{arguments.max_steps}"):  # finished: the Trainer would take one step more
-                set_peft_model_state_dict(student, load_file(Path(last) / "adapter_model.safetensors"))
-            else:
-                trainer.train(resume_from_checkpoint=last)
-    finally:
-        for p, needed in shared:
-            p.requires_grad_(needed)
-    for layer in student.modules():  # merging writes into the weights: these become the trained model's own
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        for name, p in [*(base := layer.get_base_layer()).named_parameters(recurse=False)]:
-            setattr(base, name, nn.Parameter(p.detach().clone()))
-    return student.merge_and_unload().eval().requires_grad_(True)
+            _run_trainer(make(student, log_step), student, arguments)
+    return _merged(student)

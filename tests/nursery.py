@@ -1,4 +1,7 @@
-"""Children that are killed: runs are forked from one process with everything imported, and get SIGKILL at a moment drawn by a seed, until they finish."""
+"""Children that are killed.
+
+Runs are forked from one process with everything imported, and get SIGKILL at a moment drawn by a seed, until they
+finish."""
 
 import json
 import os
@@ -82,7 +85,7 @@ def child(
 
 
 def endure(job: Callable[[Path], None], folder: Path, dice: random.Random, most_changes: int, seconds: float) -> dict:
-    "Start, kill, start again until the job ends by itself: how often it was killed, and between two changes or at a point in time."
+    "Start, kill, start again until the job ends by itself: how often it was killed, and by which kind of kill."
     counts, first = dict(changes=0, torn=0, time=0), iter((1, 2, 3, 4))  # the first changes claim the folder
     while True:
         early = next(first, None)
@@ -136,11 +139,13 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
     def answers(out: Path):
         generate_answers(parts[0], tokenizer, Dataset.from_list(ASKED), n_samples=1, max_new_tokens=6, stop=(), out=out)
 
-    arms_ = dict(top=[dict(layers=[2, 3], rank=2)], last=[dict(layers=[4], rank=2, objective=None)], base_model=None)
+    variants_ = dict(
+        top=[dict(layers=[2, 3], rank=2)], last=[dict(layers=[4], rank=2, objective=None)], base_model=None
+    )
 
     def variants(out: Path):
         run_variants(
-            llama, Letters(), QUESTIONS, arms_, chosen, seeds=(0,), out=out, **SHORT | dict(steps=6, save_every=2)
+            llama, Letters(), QUESTIONS, variants_, chosen, seeds=(0,), out=out, **SHORT | dict(steps=6, save_every=2)
         )
 
     def tune(out: Path):
@@ -156,15 +161,15 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
 
 if __name__ == "__main__":
     place, model_folder, seed, plan = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-    labelled, dice = {}, random.Random(seed)
+    logged, dice = {}, random.Random(seed)
     for name, job in jobs(model_folder).items():
         if name not in plan:
             continue
         seconds = undisturbed(job, place / f"{name}-whole")
-        labelled[name] = []
-        while sum(sum(t.values()) for t in labelled[name]) < plan[name]["kills"]:
-            labelled[name].append(
-                endure(job, place / f"{name}-{len(labelled[name])}", dice, plan[name]["changes"], seconds)
+        logged[name] = []
+        while sum(sum(t.values()) for t in logged[name]) < plan[name]["kills"]:
+            logged[name].append(
+                endure(job, place / f"{name}-{len(logged[name])}", dice, plan[name]["changes"], seconds)
             )
-        print(name, round(seconds, 1), labelled[name], round(time.process_time(), 1), file=sys.stderr, flush=True)
-    print(json.dumps(labelled))
+        print(name, round(seconds, 1), logged[name], round(time.process_time(), 1), file=sys.stderr, flush=True)
+    print(json.dumps(logged))

@@ -496,25 +496,28 @@ def test_killed_while_converting(tiny_gguf, cache, moment):
     assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == stamps
 
 
-@pytest.mark.parametrize("loss_increase", ["cut", "gone", "no note"])
-def test_a_damaged_cache_is_made_again(tiny_gguf, cache, loss_increase):
+@pytest.mark.parametrize("how", ["cut", "removed", "no note"])
+def test_a_damaged_cache_is_made_again(tiny_gguf, cache, how):
     load_model(tiny_gguf)
     (folder,) = (p for p in cache.iterdir() if p.is_dir())
-    whole, weights = files(cache), folder / "model.safetensors"
+    complete, weights = files(cache), folder / "model.safetensors"
     kept = weights.read_bytes()
-    if loss_increase == "cut":
+    if how == "cut":
         weights.write_bytes(kept[: len(kept) // 2])
-    if loss_increase == "gone":
+    if how == "removed":
         weights.unlink()
-    if loss_increase == "no note":
+    if how == "no note":
         (folder / "complete.json").unlink()
     with pytest.warns(UserWarning, match="incomplete"):
         load_model(tiny_gguf)
-    assert files(cache) == whole and weights.read_bytes() == kept
+    assert files(cache) == complete and weights.read_bytes() == kept
 
 
 def test_two_processes_convert_at_once(tiny_gguf, cache):
-    code = "import os; from avss_nb.models import load_model; print(load_model(os.environ['GGUF'])[0].config.num_hidden_layers)"
+    code = (
+        "import os; from avss_nb.models import load_model; "
+        "print(load_model(os.environ['GGUF'])[0].config.num_hidden_layers)"
+    )
     both = [start(code, GGUF=tiny_gguf, AVSS_NB_CACHE=cache) for _ in range(2)]
     for process in both:
         out, err = process.communicate()
@@ -631,7 +634,7 @@ def test_command_into_a_folder_of_something_else(capsys, no_work, model_folder, 
 
 
 def test_command_without_space(capsys, no_work, model_folder, tmp_path, monkeypatch):
-    "No space left, and said so before the work."
+    "No space left, and an error before the work."
 
     def full(path):
         return type("Usage", (), dict(total=2**30, used=2**30 - 2**20, free=2**20))
@@ -642,7 +645,7 @@ def test_command_without_space(capsys, no_work, model_folder, tmp_path, monkeypa
 
 
 def test_space_that_runs_out_during_a_study(capsys, model_folder, tmp_path):
-    "One line that names the file; what is there is whole, nothing else is left."
+    "One line that names the file; what is there is complete, nothing else is left."
     with small_files():
         line = command_fails(
             capsys,

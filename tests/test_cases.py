@@ -1,4 +1,6 @@
-"""Faults that users of comparable tools reported: the first table of cases, where it touches loading, reading, statistics, skipping and scores."""
+"""Faults that users of comparable tools reported: the first table of cases.
+
+Where it touches loading, reading, statistics, skipping and scores."""
 
 from collections import Counter
 
@@ -25,7 +27,10 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 def widened(batch: dict, width: int, side: str) -> dict:
     "The same batch, padded further."
     more, at = width - batch["input_ids"].shape[1], 0 if side == "left" else 1
-    pad = lambda t, fill: torch.nn.functional.pad(t, (more, 0) if at == 0 else (0, more), value=fill)
+
+    def pad(t, fill):
+        return torch.nn.functional.pad(t, (more, 0) if at == 0 else (0, more), value=fill)
+
     return dict(
         batch,
         input_ids=pad(batch["input_ids"], 1),
@@ -91,8 +96,8 @@ def test_a_loss_that_is_not_a_number_is_no_loss(layer, monkeypatch):
         return own(model, batch) * (float("nan") if stands_in[layer] and not stands_in[layer + 1] else 1)
 
     monkeypatch.setattr(avss_nb.evaluation, "token_losses", losses)
-    damages = leave_one_out(model, some)
-    assert damages[layer] == np.inf and damages.drop(layer).equals(wanted.drop(layer))
+    increases = leave_one_out(model, some)
+    assert increases[layer] == np.inf and increases.drop(layer).equals(wanted.drop(layer))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

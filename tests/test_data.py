@@ -14,10 +14,18 @@ from datasets import Dataset
 
 import avss_nb.data
 from avss_nb.benchmarks import count_questions, usual_name
-from avss_nb.data import distractor_kinds
-from avss_nb.data import question_key
-from avss_nb.data import QUESTION, QUESTIONS, SENTENCE, load_questions, load_sentences, load_text, read_rows
-from avss_nb.data import split_half
+from avss_nb.data import (
+    QUESTION,
+    QUESTIONS,
+    SENTENCE,
+    distractor_kinds,
+    load_questions,
+    load_sentences,
+    load_text,
+    question_key,
+    read_rows,
+    split_half,
+)
 from conftest import NBS
 
 REPOS = dict(
@@ -101,9 +109,9 @@ def test_wikitext2(split, n_words, unknown):
 
 @files
 def test_shakespeare():
-    train, test, whole = (load_text("shakespeare", split=s) for s in ("train", "test", None))
-    assert sorted(train + test) == sorted(whole) and not set(train) & set(test) and min(len(train), len(test)) > 50
-    assert sum(len(t.split()) for t in whole) == 48_251
+    train, test, everything = (load_text("shakespeare", split=s) for s in ("train", "test", None))
+    assert sorted(train + test) == sorted(everything) and not set(train) & set(test) and min(len(train), len(test)) > 50
+    assert sum(len(t.split()) for t in everything) == 48_251
 
 
 @files
@@ -114,8 +122,8 @@ def test_shakespeare():
 def test_draws(load, name):
     "A draw keeps the set's order, follows its seed, and repeats nothing."
     rows = [list(load(name, n=20, seed=seed)) for seed in (0, 0, 1)]
-    whole = list(load(name))
-    places = [whole.index(r) for r in rows[0]]
+    everything = list(load(name))
+    places = [everything.index(r) for r in rows[0]]
     assert rows[0] == rows[1] != rows[2] and places == sorted(set(places)) and len(places) == 20
 
 
@@ -165,7 +173,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("split", [None, "train", "test", "validation"])
 def test_sciq_from_the_hub(hub, split):
-    "The distractor that equals the answer, the repeated distractor and question, and questions of the test part are dropped."
+    "Dropped: a distractor that equals the answer, a repeated distractor or question, and questions of the test part."
     rows = load_questions("sciq", split=split)
     first = (f"What do cows eat in the {split or 'test'} part?", ["grass"], ["iron", "stones"], "Cows graze.")
     assert rows.features == QUESTION and [
@@ -275,19 +283,26 @@ def test_a_set_by_its_name(name, split):
 @files
 @each_set
 def test_no_question_is_on_both_sides(name):
-    whole, train, test = (
+    everything, train, test = (
         [question_key(q) for q in load_questions(name, split=split)["question"]] for split in (None, "train", "test")
     )
     assert not set(train) & set(test)
     if QUESTIONS[name].halved:
-        assert Counter(train) + Counter(test) == Counter(whole) and 0.4 < len(train) / len(whole) < 0.6
+        assert Counter(train) + Counter(test) == Counter(everything) and 0.4 < len(train) / len(everything) < 0.6
     else:
-        assert test == whole
+        assert test == everything
+
+
+def written(column: str, value: float) -> str:
+    "A number as the chapter's table has it."
+    if np.isnan(value):
+        return "–"
+    return f"{value:.1f}" if column in ("answers", "words_right", "words_wrong") else f"{int(value):,}"
 
 
 @files
 def test_counts_of_the_chapter():
-    "The table that the chapter tells is what the files give."
+    "The chapter's table is what the files give."
     chapter = json.loads((NBS / "90_benchmarks.ipynb").read_text(encoding="utf-8"))
     text = "\n".join("".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == "markdown")
     header, _, *lines = [
@@ -296,26 +311,31 @@ def test_counts_of_the_chapter():
     found = count_questions()
     assert header == ["set", "part", *found.columns] and len(lines) == len(found)
     for line, (index, row) in zip(lines, found.iterrows()):
-        assert line == [
-            *index,
-            *(
-                "–" if np.isnan(v) else f"{v:.1f}" if k in ("answers", "words_right", "words_wrong") else f"{int(v):,}"
-                for k, v in row.items()
-            ),
-        ]
-    row = found.T
+        assert line == [*index, *(written(column, value) for column, value in row.items())]
+    nq, trivia, popqa, halueval, wikiqa, squad = (
+        found.loc[key]
+        for key in (
+            ("nq", "all"),
+            ("triviaqa", "train"),
+            ("popqa", "all"),
+            ("halueval", "all"),
+            ("wikiqa", "all"),
+            ("squad", "all"),
+        )
+    )
     for claim in (
         "911 rows",
         "77 % of them, the first alias of the file in 27 %",
-        f"NQ's {row['nq', 'all'].rows:,.0f} machine-made false answers {row['nq', 'all'].equal:.0f} equal a right one and {row['nq', 'all'].near:.0f} more",
-        f"TriviaQA's 2,500 it is {row['triviaqa', 'train'].equal:.0f} and {row['triviaqa', 'train'].near:.0f}. Another {row['nq', 'all'].naming:.0f} and {row['triviaqa', 'train'].naming:.0f} of",
-        f"{row['triviaqa', 'train'].repeats:.0f} rows of TriviaQA's training file repeat",
-        f"{row['triviaqa', 'train'].elsewhere:.0f} of its questions are in the test sample: 175 letter by letter, 19 more",
-        f"{row['popqa', 'all'].repeats:.0f} pairs",
-        f"{row['halueval', 'all'].words_right:.1f} words on average, its hallucinated ones {row['halueval', 'all'].words_wrong:.1f}",
-        f"{row['wikiqa', 'all'].unanswered:.0f} of WikiQA's {row['wikiqa', 'all'].rows:.0f}",
+        f"NQ's {nq.rows:,.0f} machine-made false answers {nq.equal:.0f} equal a right one and {nq.near:.0f} more",
+        f"TriviaQA's 2,500 it is {trivia.equal:.0f} and {trivia.near:.0f}. "
+        f"Another {nq.naming:.0f} and {trivia.naming:.0f} of",
+        f"{trivia.repeats:.0f} rows of TriviaQA's training file repeat",
+        f"{trivia.elsewhere:.0f} of its questions are in the test sample: 175 letter by letter, 19 more",
+        f"{popqa.repeats:.0f} pairs",
+        f"{halueval.words_right:.1f} words on average, its hallucinated ones {halueval.words_wrong:.1f}",
+        f"{wikiqa.unanswered:.0f} of WikiQA's {wikiqa.rows:.0f}",
         "6,165 sentences; a reader that takes quotes for quotes finds 6,116",
-        f"{row['squad', 'all'].rows:,.0f} questions of SQuAD",
+        f"{squad.rows:,.0f} questions of SQuAD",
     ):
         assert claim in text, claim
 
@@ -347,12 +367,14 @@ def test_the_usual_name_is_what_a_machine_says():
         (r["answer"].split("; "), r["false_answer"])
         for r in read_rows(DATA / "triviaqa/TriviaQA.first2500.csv", dict(answer=str, false_answer=str))
     ]
-    said = [(aliases, name) for aliases, name in rows if distractor_kinds(aliases, [name]) == ["equal"]]
-    agrees = lambda choose: np.mean(
-        [distractor_kinds([choose(aliases)], [name])[0] in ("equal", "near") for aliases, name in said]
-    )
+    predicted = [(aliases, name) for aliases, name in rows if distractor_kinds(aliases, [name]) == ["equal"]]
+
+    def agrees(choose) -> float:
+        kinds = [distractor_kinds([choose(aliases)], [name])[0] for aliases, name in predicted]
+        return np.mean([kind in ("equal", "near") for kind in kinds])
+
     assert (
-        len(said) == 911
+        len(predicted) == 911
         and round(agrees(usual_name), 2) == 0.77
         and round(agrees(lambda aliases: aliases[0]), 2) == 0.27
     )
@@ -433,7 +455,9 @@ def test_squad_popqa_and_halueval_row_by_row():
         for r in rows
     )
     merged = {question_key(r["question"]): set(r["answers"]) for r in rows}
-    assert all(set(r["golden_answers"]) <= merged[question_key(r["question"])] for r in raw.values())  # no gold is lost
+    assert all(
+        set(r["golden_answers"]) <= merged[question_key(r["question"])] for r in raw.values()
+    )  # no reference is lost
     raw = list(map(json.loads, (DATA / "halueval/qa_data.first1000.json").read_text(encoding="utf-8").splitlines()))
     assert [(r["question"], *r["answers"], *r["distractors"], r["context"]) for r in load_questions("halueval")] == [
         (r["question"], r["right_answer"], r["hallucinated_answer"], r["knowledge"]) for r in raw
@@ -467,6 +491,7 @@ def test_triviaqa_has_no_quotes_of_a_csv_file():
 # files made up here, one small file for each real one
 
 WHO = "Who lit the lamp?"
+OPTIONS = "Answer1: Ada\nAnswer2: Bo\nAnswer3: Cy\nAnswer4: Di\n\nAnswer format: …"
 ROWS = {  # file -> its rows; tables have a line of names
     "nq_open/NQ-open.dev.jsonl": [
         dict(question=WHO, answer=["Ada", "A. Wick"]),
@@ -478,7 +503,7 @@ ROWS = {  # file -> its rows; tables have a line of names
     ],
     "sciq/sciq_test_mc.json": [
         dict(
-            instruction=f"The question: {q}\n\nAnswer1: Ada\nAnswer2: Bo\nAnswer3: Cy\nAnswer4: Di\n\nAnswer format: …",
+            instruction=f"The question: {q}\n\n" + OPTIONS,
             answer=f"answer{i}",
         )
         for i, q in enumerate((WHO, "Where?"), 1)
@@ -595,7 +620,7 @@ def test_made_files_are_read(folder):
 
 
 def test_repeats_near_ones_and_other_passages(folder):
-    "References of repeats count together, also against false answers of rows before; the same question about another passage is another."
+    "References of repeats count together, also against earlier false answers; another passage is another question."
     rows = [
         ("When?", "1901; In 1901", "1902"),
         ("when", "1902", "The 1903s"),
@@ -757,7 +782,7 @@ def test_a_row_of_another_kind(folder, file, spoil, says):
 
 
 @each_set
-def test_an_unknown_split_is_told_before_anything_is_read(folder, monkeypatch, name):
+def test_an_unknown_split_is_named_before_anything_is_read(folder, monkeypatch, name):
     monkeypatch.setattr(avss_nb.data, "read_rows", lambda *args, **options: pytest.fail("a file was read"))
     with pytest.raises(ValueError) as error:
         load_questions(name, split="nonesuch")
@@ -778,7 +803,8 @@ def test_own_files(folder):
     "Own questions and sentences are checked as well."
     own = folder / "own.jsonl"
     own.write_text(
-        '{"question": "2 + 2?", "answers": ["4"], "distractors": ["5", "4", "5"], "context": null}\n\n{"question": "a\u2028b?", "answers": ["b"]}\n',
+        '{"question": "2 + 2?", "answers": ["4"], "distractors": ["5", "4", "5"], "context": null}\n\n'
+        '{"question": "a\u2028b?", "answers": ["b"]}\n',
         encoding="utf-8",
     )
     assert [(r["question"], r["distractors"]) for r in load_questions("own", path=own)] == [

@@ -1,4 +1,4 @@
-"""Blocks, reading points, statistics and skipping on tiny random models of seven families and of one that no library knows."""
+"""Blocks, reading points, statistics and skipping on tiny models of seven families, and of one no library knows."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from avss_nb.models import blocks, load_model
 from avss_nb.surgery import PassThrough, skip_layers
 from tiny import FAMILIES, VOCABULARY, TupleModel, batch_of, one_thread, tiny, without
 
-PILE = dict(
+LAYERS = dict(
     llama="model.layers",
     qwen3="model.layers",
     gemma3_text="model.layers",
@@ -61,9 +61,9 @@ def close(a, b, **tolerance):
 
 
 @each_family
-def test_blocks_are_the_pile(family):
+def test_blocks_are_the_layers(family):
     model = tiny(family)
-    assert blocks(model) is model.get_submodule(PILE[family]) and len(blocks(model)) == 5
+    assert blocks(model) is model.get_submodule(LAYERS[family]) and len(blocks(model)) == 5
     assert blocks(model.base_model) is blocks(model)
 
 
@@ -120,7 +120,7 @@ def test_input_attention_and_mlp_add_up_to_the_output(family):
         assert attention.abs().max() > 1e-2 and mlp.abs().max() > 1e-2
 
 
-def test_bert_norms_the_sums_of_its_halves():
+def test_bert_norms_the_sums_of_its_sublayers():
     model = tiny("bert")
     got, _ = read(model, batch_of(6, 3, 5))
     for i, block in enumerate(blocks(model)):

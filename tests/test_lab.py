@@ -92,7 +92,10 @@ def test_a_chapter_runs_in_the_browser(lab, browser):
     stored = {c["id"]: c for c in json.loads((NBS / CHAPTER).read_text())["cells"]}
     errors = ["".join(o["traceback"]) for c in ran for o in c["outputs"] if o["output_type"] == "error"]
     assert not errors, re.sub(r"\x1b\[[\d;]*m", "", errors[0])
-    kinds = lambda cell: {kind for o in cell["outputs"] for kind in o.get("data", {})} - {"text/plain"}
+
+    def kinds(cell: dict) -> set[str]:
+        return {kind for o in cell["outputs"] for kind in o.get("data", {})} - {"text/plain"}
+
     assert all(c["execution_count"] and kinds(c) >= kinds(stored[c["id"]]) for c in ran)
     assert any("image/png" in kinds(c) for c in ran)
     assert browser.execute_script("return document.querySelectorAll('.jp-OutputArea-output img').length") > 0

@@ -84,26 +84,29 @@ def batch_of(*lengths: int, side: str = "right", seed: int = 0) -> dict:
     return dict(input_ids=ids, attention_mask=mask, token_mask=mask.bool(), index=torch.arange(len(lengths)))
 
 
+def relative_bias(block):
+    "What T5 keeps in its first block for all blocks; None in other families."
+    if not hasattr(block, "layer"):
+        return None
+    return getattr(getattr(block.layer[0], "SelfAttention", None), "relative_attention_bias", None)
+
+
 def without(model, layers):
     "A copy of the model that is built without some of its blocks."
     shorter = deepcopy(model)
-    model_layers, config = blocks(shorter), shorter.config
-    if (
-        0 in layers
-        and hasattr(model_layers[0], "layer")
-        and (bias := getattr(getattr(model_layers[0].layer[0], "SelfAttention", None), "relative_attention_bias", None))
-    ):  # T5's, for all blocks
-        heir = model_layers[min(set(range(len(model_layers))) - set(layers))].layer[0].SelfAttention
+    stack, config = blocks(shorter), shorter.config
+    if 0 in layers and (bias := relative_bias(stack[0])):
+        heir = stack[min(set(range(len(stack))) - set(layers))].layer[0].SelfAttention
         heir.relative_attention_bias, heir.has_relative_attention_bias = bias, True
     for layer in sorted(layers, reverse=True):
-        del model_layers[layer]
-    for index, block in enumerate(model_layers):
+        del stack[layer]
+    for index, block in enumerate(stack):
         for part in block.modules():
             if hasattr(part, "layer_idx"):
                 part.layer_idx = index
     if "layer_types" in vars(config) and config.layer_types:
         config.layer_types = [t for i, t in enumerate(config.layer_types) if i not in layers]
-    config.num_hidden_layers = len(model_layers)
+    config.num_hidden_layers = len(stack)
     return shorter
 
 
@@ -112,10 +115,8 @@ class TupleBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.attn, self.mlp = (
-            nn.Linear(width, width),
-            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)),
-        )
+        self.attn = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
 
     def forward(self, hidden_states, attention_mask=None):
         a = hidden_states + self.attn(hidden_states)
@@ -128,11 +129,9 @@ class TupleModel(nn.Module):
     def __init__(self, n_layers: int = 4, width: int = 16):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.layers, self.head = (
-            nn.Embedding(VOCABULARY, width),
-            nn.ModuleList(TupleBlock(width) for _ in range(n_layers)),
-            nn.Linear(width, VOCABULARY),
-        )
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(TupleBlock(width) for _ in range(n_layers))
+        self.head = nn.Linear(width, VOCABULARY)
 
     def forward(self, input_ids, attention_mask=None):
         hidden = self.embed(input_ids)
