@@ -328,7 +328,7 @@ def classify(
     labels: tuple[str, ...] = (" negative", " positive"),  # the word for label 0, label 1, …
     neutral: str = "N/A",  # the text without content
     **options,
-) -> pd.DataFrame:  # one row per sentence: `correct` (0/1), `score` (log-odds in nats, last over first)
+) -> pd.DataFrame:  # per item, a sentence: `correct` (0/1), `score` (log-odds in nats, last over first)
     "Zero-shot classification by the likelihood of label words, minus that after a neutral text."
     prompts = [template.format(text=t) for t in (neutral, *sentences["text"])]
     table = option_logprobs(model, tokenizer, prompts, [list(labels)] * len(prompts), **options)
@@ -338,7 +338,8 @@ def classify(
     of_label = relative[np.arange(len(label)), label]
     of_others = np.where(np.arange(len(labels)) == label[:, None], -np.inf, relative).max(1)
     score = relative[:, -1] - relative[:, 0]
-    return pd.DataFrame(dict(correct=(of_label > of_others).astype(float), score=score))
+    items = pd.RangeIndex(len(label), name="item")
+    return pd.DataFrame(dict(correct=(of_label > of_others).astype(float), score=score), index=items)
 
 # %% ../nbs/20_evaluation.ipynb #0fc7aef5
 class _MeanStates:

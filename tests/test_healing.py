@@ -38,7 +38,7 @@ ROWS = torch.tensor([ids[:32] for ids in Letters()(TEXT[:2]).input_ids])
 
 
 def healed(model, teacher=None, **options):
-    return heal(model, TEXT, teacher=teacher, tokenizer=Letters(), **SHORT | options)
+    return heal(model, Letters(), TEXT, teacher=teacher, **SHORT | options)
 
 
 def weights(model):
