@@ -66,7 +66,7 @@ def _null_errors(p: np.ndarray, place: np.ndarray, n_bins: int, draws: int, rng:
     rights = rng.random((draws, len(p))) < p
     return [_ece(right, p, place, n_bins) for right in rights]
 
-
+# %% ../nbs/92_confidence.ipynb #15e474f7
 def calibration(
     confidence: Iterable[float],
     correct: Iterable[float],
@@ -81,11 +81,10 @@ def calibration(
     p, right, place = _bins(confidence, correct, n_bins)
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(p), size=(n_resamples, len(p)))
-    low, high = np.quantile([_ece(right[i], p[i], place[i], n_bins) for i in draws], [(1 - level) / 2, (1 + level) / 2])
+    drawn = [_ece(right[i], p[i], place[i], n_bins) for i in draws]
+    low, high = map(float, np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
     null = _null_errors(p, place, n_bins, n_resamples, rng)
-    found = dict(
-        ece=_ece(right, p, place, n_bins), low=float(low), high=float(high), gap=float(p.mean() - right.mean())
-    )
+    found = dict(ece=_ece(right, p, place, n_bins), low=low, high=high, gap=float(p.mean() - right.mean()))
     return found | dict(null=float(np.mean(null)), null_high=float(np.quantile(null, level)))
 
 # %% ../nbs/92_confidence.ipynb #21e80e59
