@@ -90,7 +90,7 @@ def test_sst2_to_the_item(bundled, items):
 
 @needs_data
 def test_truthfulqa_to_the_item(bundled, items):
-    "The prompt of six examples is the harness's own; MC2 is computed from logarithms here and from probabilities there."
+    "The prompt of six examples is the harness's own; MC2 comes from logarithms here and from probabilities there."
     from avss_nb.tasks import _quiet
     from avss_nb.tasks import _task, _task_manager
     from pathlib import Path
@@ -198,9 +198,9 @@ def test_it_runs_what_is_skipped(bundled):
     with skip_layers(model, [3, 13]):
         skipped = task_items(model, tokenizer, "atlas", limit=3)
     pruned = task_items(prune_layers(model, [3, 13]), tokenizer, "atlas", limit=3)
-    whole = task_items(model, tokenizer, "atlas", limit=3)
+    base_model = task_items(model, tokenizer, "atlas", limit=3)
     assert np.allclose(np.stack(skipped.logprobs), np.stack(pruned.logprobs), atol=1e-4) and not np.allclose(
-        np.stack(whole.logprobs), np.stack(pruned.logprobs), atol=0.1
+        np.stack(base_model.logprobs), np.stack(pruned.logprobs), atol=0.1
     )
 
 
