@@ -370,9 +370,9 @@ def healed_items(
     "What is left without these layers, distilled from the base model on the training text; and its answers to every item, as `measure_removal` (index `measure`)."
     small = heal(
         prune_layers(model, layers),
+        tokenizer,
         data["train"],
         teacher=model,
-        tokenizer=tokenizer,
         out=out / "healing",
         steps=settings.heal_steps,
         seed=settings.seed,

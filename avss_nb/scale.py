@@ -435,7 +435,7 @@ def estimate(
     that computes without a pause; `hours` when bfloat16 weights come from disk each time; `mb` of one file of statistics (our arithmetic)."""
     model = meta_model(model)
     n = weight_counts(model)
-    L, block, head = n["layers"], 2 * n["maps"] / n["layers"] + 4 * max_length * n["attention"], 2 * n["head"]
+    L, block, head = n["layers"], 2 * n["linear"] / n["layers"] + 4 * max_length * n["attention"], 2 * n["head"]
     work = dict(statistics=tokens * L * block, leave_one_out=tokens * ((L + L * (L - 1) / 2) * block + (L + 1) * head))
     read = tokens / (batch_size * max_length) * weight_bytes(n, 16) / bytes_per_second / 3600
     return pd.Series(

@@ -88,14 +88,14 @@ def test_nan_ranked_as_unimportant(measure, value):
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_loss_that_is_not_a_number_is_no_loss(layer, monkeypatch):
     "A model that is NaN only without one of its blocks: taking that one out is the worst, not the best."
-    model, some, own = tiny("llama"), [batch_of(6, 4), batch_of(5)], avss_nb.evaluation.token_losses
+    model, some, own = tiny("llama"), [batch_of(6, 4), batch_of(5)], avss_nb.evaluation._token_losses
     wanted = leave_one_out(model, some)
 
     def losses(model, batch, grad=False):
         stands_in = [isinstance(b, PassThrough) for b in blocks(model)]
         return own(model, batch) * (float("nan") if stands_in[layer] and not stands_in[layer + 1] else 1)
 
-    monkeypatch.setattr(avss_nb.evaluation, "token_losses", losses)
+    monkeypatch.setattr(avss_nb.evaluation, "_token_losses", losses)
     increases = leave_one_out(model, some)
     assert increases[layer] == np.inf and increases.drop(layer).equals(wanted.drop(layer))
 

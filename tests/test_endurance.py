@@ -400,15 +400,15 @@ def tuned_in(out: Path, model):
 
 
 def healed_in(out: Path, model):
-    return heal(model, ["So it goes. " * 20], tokenizer=PADS, out=out, steps=1, batch_size=1, max_length=8)
+    return heal(model, PADS, ["So it goes. " * 20], out=out, steps=1, batch_size=1, max_length=8)
 
 
 def taught_in(out: Path, model):
     return heal(
         tiny("llama", vocab_size=300),
+        PADS,
         ["So it goes. " * 20],
         teacher=model,
-        tokenizer=PADS,
         out=out,
         steps=1,
         batch_size=1,

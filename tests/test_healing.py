@@ -38,7 +38,7 @@ ROWS = torch.tensor([ids[:32] for ids in Letters()(TEXT[:2]).input_ids])
 
 
 def healed(model, teacher=None, **options):
-    return heal(model, TEXT, teacher=teacher, tokenizer=Letters(), **SHORT | options)
+    return heal(model, Letters(), TEXT, teacher=teacher, **SHORT | options)
 
 
 def weights(model):
@@ -115,8 +115,8 @@ torch.set_num_threads(1)
 def slowly(step, loss):
     print(step, flush=True)
     if {slow}: time.sleep(.2)
-whole = tiny("llama")
-after = healed(prune_layers(whole, [1]), whole, out={out!r}, steps=20, save_every=4, on_step=slowly)
+base_model = tiny("llama")
+after = healed(prune_layers(base_model, [1]), base_model, out={out!r}, steps=20, save_every=4, on_step=slowly)
 torch.save(after.state_dict(), {out!r} + ".weights")
 """
 
@@ -134,8 +134,8 @@ def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert last_checkpoint(tmp_path / "cut").endswith("checkpoint-8")
-    half = tmp_path / "cut" / "checkpoint-12"  # a checkpoint that was being written
-    half.mkdir(exist_ok=True)
+    unfinished = tmp_path / "cut" / "checkpoint-12"  # a checkpoint that was being written
+    unfinished.mkdir(exist_ok=True)
     second, straight = run(tmp_path / "cut", slow=False), run(tmp_path / "straight", slow=False)
     steps = second.communicate()[0].split()
     assert second.returncode == 0 and steps[0] == "8" and steps[-1] == "19", steps

@@ -29,7 +29,8 @@ for folder, kind in json.load(sys.stdin):
     if hasattr(model, "generate") and model.can_generate():
         common = dict(max_new_tokens=6, do_sample=False, pad_token_id=1, eos_token_id=None)
         for name, options in dict(greedy={}, beam=dict(num_beams=2)).items():
-            for cache in (True, False): found[f"{name}.{cache}"] = model.generate(**batch, use_cache=cache, **options, **common)
+            for cache in (True, False):
+                found[f"{name}.{cache}"] = model.generate(**batch, use_cache=cache, **options, **common)
     save_file({k: v.contiguous() for k, v in found.items()}, f"{folder}/found.safetensors")
 assert "avss_nb" not in sys.modules
 """

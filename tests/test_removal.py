@@ -1,4 +1,4 @@
-"""What is left without some layers: the same items for every choice, by hand, and after a kill."""
+"""After pruning: the same items for every choice, by hand, and after a kill."""
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from avss_nb.surgery import skip_layers
 from tiny import one_thread
 
 TEXTS = ["Water boils at a hundred degrees.", "Ice floats, since it is lighter than the water that it was made of."]
-CHOICES = {"base_model": [], "one": [2], "same": (2,), "half": ["mlp.1"]}
+CHOICES = {"base_model": [], "one": [2], "same": (2,), "mlp": ["mlp.1"]}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_items_are_those_of_the_model_without_the_layers(sets, items):
         right = answer_questions(model, tokenizer, questions)
     assert items.loc[("one", "questions")].value.tolist() == right.correct.tolist()
     pd.testing.assert_frame_equal(items.loc["one"], items.loc["same"])
-    assert not np.allclose(*(items.loc[(name, "perplexity")].value for name in ("one", "half")))
-    assert items.groupby("choice").removes.first().to_dict() == dict(base_model="", one="2", same="2", half="mlp.1")
+    assert not np.allclose(*(items.loc[(name, "perplexity")].value for name in ("one", "mlp")))
+    assert items.groupby("choice").removes.first().to_dict() == dict(base_model="", one="2", same="2", mlp="mlp.1")
 
 
 def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
     monkeypatch.setattr(avss_nb.pruning, "measure_items", measure)
     with pytest.raises(KeyboardInterrupt):
         measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["without-nothing.csv"]
+    assert [file.name for file in tmp_path.iterdir()] == ["base_model.csv"]
     resumed = measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
     assert begun == [(), (2,), (2,), ("mlp.1",)]  # the base model once, equal choices once
     pd.testing.assert_frame_equal(resumed, items, check_exact=True)
@@ -105,7 +105,7 @@ def test_differences_by_hand():
 
 
 def test_pairs_keep_what_items_share():
-    "Two choices that are right on the same half of the questions differ nowhere, however wide each one's own interval is."
+    "Two choices that are right on the same questions differ nowhere, however wide the interval of each is."
     right = [1.0, 0] * 20
     both = pd.concat(dict(a=made([1.0, 2], right), b=made([1.0, 2], right)), names=["choice"])
     assert (paired_difference(both, "a", ["b"])[["low", "high"]] == 0).all(axis=None)

@@ -540,7 +540,7 @@ def test_a_plan_is_in_proportion():
         memory_plan(model.config, batch_size=8, max_length=16, dtype=torch.float32),
     )
     assert plan.loc["weights"].tolist() == [4 * model.num_parameters()] * 3
-    for part in ("one block at work", "streams into all blocks"):
+    for part in ("peak block activations", "inputs of all blocks"):
         assert (twice.loc[part] == 2 * plan.loc[part]).all()
     assert (twice.loc["statistics"] == plan.loc["statistics"]).all() and (
         plan.iloc[:-1].sum() == plan.loc["total"]

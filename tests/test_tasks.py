@@ -90,8 +90,8 @@ def test_sst2_to_the_item(bundled, items):
 
 @needs_data
 def test_truthfulqa_to_the_item(bundled, items):
-    "The prompt of six examples is the harness's own; MC2 is computed from logarithms here and from probabilities there."
-    from avss_nb.scale import _quiet
+    "The prompt of six examples is the harness's own; MC2 comes from logarithms here and from probabilities there."
+    from avss_nb.tasks import _quiet
     from avss_nb.tasks import _task, _task_manager
     from pathlib import Path
 
@@ -198,12 +198,20 @@ def test_it_runs_what_is_skipped(bundled):
     with skip_layers(model, [3, 13]):
         skipped = task_items(model, tokenizer, "atlas", limit=3)
     pruned = task_items(prune_layers(model, [3, 13]), tokenizer, "atlas", limit=3)
-    whole = task_items(model, tokenizer, "atlas", limit=3)
+    base_model = task_items(model, tokenizer, "atlas", limit=3)
     assert np.allclose(np.stack(skipped.logprobs), np.stack(pruned.logprobs), atol=1e-4) and not np.allclose(
-        np.stack(whole.logprobs), np.stack(pruned.logprobs), atol=0.1
+        np.stack(base_model.logprobs), np.stack(pruned.logprobs), atol=0.1
     )
 
 
 def test_evaluate_tasks_is_the_summary_of_the_items(bundled):
     table = evaluate_tasks(*bundled, "words", limit=4)
     pd.testing.assert_frame_equal(table, summarize_tasks(task_items(*bundled, ["words"], limit=4)))
+
+
+def test_likelihoods_that_are_not_finite_name_the_item(bundled):
+    model, tokenizer = bundled
+    handle = model.lm_head.register_forward_hook(lambda module, args, logits: torch.nan * logits)
+    with pytest.raises(FloatingPointError, match="item 0 of atlas are not finite"):
+        task_items(model, tokenizer, "atlas", limit=1)
+    handle.remove()
