@@ -170,21 +170,21 @@ class LayerStats(_StoredSums):
     def __repr__(self) -> str:
         return f"LayerStats({self.n_layers} layers, points {', '.join(self.points)})"
 
-# %% ../nbs/13_metrics.ipynb #e673de1e
+# %% ../nbs/13_metrics.ipynb #422f6ece
 def _zero_sums(reduce: tuple[str, ...]) -> dict[str, torch.Tensor]:
     "The sums of one layer at one point before anything is added."
-    number, whole = torch.float64, torch.int64
+    number, integer = torch.float64, torch.int64
     sums = dict(
-        count=torch.zeros((), dtype=whole),
+        count=torch.zeros((), dtype=integer),
         sum=torch.zeros((), dtype=number),
         sumsq=torch.zeros((), dtype=number),
-        exact=torch.zeros((), dtype=whole),
-        hist=torch.zeros(N_BINS, dtype=whole),
+        exact=torch.zeros((), dtype=integer),
+        hist=torch.zeros(N_BINS, dtype=integer),
     )
     if "samples" in reduce:
-        sums |= dict(sample_variance=torch.zeros((), dtype=number), samples=torch.zeros((), dtype=whole))
+        sums |= dict(sample_variance=torch.zeros((), dtype=number), samples=torch.zeros((), dtype=integer))
     if "neurons" in reduce:
-        sums |= dict(neuron_sum=torch.zeros(1, dtype=number), tokens=torch.zeros((), dtype=whole))
+        sums |= dict(neuron_sum=torch.zeros(1, dtype=number), tokens=torch.zeros((), dtype=integer))
     return sums
 
 # %% ../nbs/13_metrics.ipynb #f9758915
