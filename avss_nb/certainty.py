@@ -6,16 +6,18 @@
 __all__ = ['by_text', 'TextScores', 'score_texts', 'score_certainty', 'convergence', 'converged_after']
 
 # %% ../nbs/24_certainty.ipynb #f3f63226
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from .importance import FROM_DOWNSTREAM, FROM_STATS, downstream_stats, loss_increase, read_layers, removal_losses
-from .metrics import LayerStats
+from .data import as_batches
+from .importance import SCORES, downstream_stats, loss_increase, removal_losses, score_names
+from .metrics import LayerStats, collect_stats
 from .pruning import n_removed
 
 # %% ../nbs/24_certainty.ipynb #29f2d531
@@ -28,80 +30,101 @@ def by_text(batches: Iterable[dict]) -> Iterator[tuple[int, dict]]:
             yield text, {name: values[:, used] if values.dim() == 2 else values for name, values in part.items()}
 
 # %% ../nbs/24_certainty.ipynb #c55c62bb
-class TextScores:
-    "What each text says of each layer: statistics, and losses without it. `reweighted` gives scores for any weights."
+def _weighted(sums: dict[str, np.ndarray], weights: np.ndarray) -> LayerStats:
+    "Statistics in which each text counts as its weight says."
+    return LayerStats({name: torch.from_numpy(np.tensordot(weights, values, 1)) for name, values in sums.items()})
+
+
+class _TextSums:
+    "Statistics and losses of each text."
 
     def __init__(self, tokens: pd.Series, stats: dict[str, list[LayerStats]], losses: pd.DataFrame | None):
-        self.tokens, self.losses, self.sums = tokens, losses, {}  # tokens of each text
-        for kind, some in stats.items():
-            if some:
-                self.sums[kind] = {
-                    name: np.stack([s.sums[name].numpy() for s in some]).astype(float) for name in some[0].sums
-                }
+        self.tokens, self.losses = tokens, losses  # tokens of each text
+        self.sums: dict[str, dict[str, np.ndarray]] = {}  # by source and name: one row per text
+        for source, parts in stats.items():
+            names = parts[0].sums if parts else {}
+            self.sums[source] = {name: np.stack([s.sums[name].numpy() for s in parts]).astype(float) for name in names}
+
+    def _increase(self, weights: np.ndarray) -> pd.Series:
+        "The loss increase of each layer; ValueError where no losses were measured."
+        if self.losses is None:
+            raise ValueError("leave_one_out was not measured: name it among the methods of score_texts")
+        return loss_increase(self.losses.mul(weights, axis=0))
+
+# %% ../nbs/24_certainty.ipynb #26029d71
+class TextScores(_TextSums):
+    "What each text says of each layer: statistics, and losses without it. `reweighted` gives scores for any weights."
 
     def reweighted(self, weights: np.ndarray, methods: Iterable[str]) -> pd.DataFrame:  # (texts,) -> one row per layer
         "Scores when text i counts `weights[i]` times."
-        stats = {
-            kind: LayerStats(
-                {name: torch.from_numpy(np.tensordot(weights, values, 1)) for name, values in sums.items()}
-            )
-            for kind, sums in self.sums.items()
-        }
-        score = {m: f(stats["read"]) for m, f in FROM_STATS.items() if m in methods}
-        score |= {m: f(stats["downstream"]) for m, f in FROM_DOWNSTREAM.items() if m in methods}
-        if "leave_one_out" in methods:
-            score["leave_one_out"] = loss_increase(self.losses.mul(weights, axis=0))
-        return pd.DataFrame({m: np.asarray(score[m], float) for m in methods}).rename_axis("layer")
+        stats = {source: _weighted(sums, weights) for source, sums in self.sums.items()}
+        table = {}
+        for name in methods:
+            score = SCORES[name]
+            found = self._increase(weights) if name == "leave_one_out" else score(stats[score.source])
+            table[name] = np.asarray(found, float)
+        return pd.DataFrame(table).rename_axis("layer")
+
+# %% ../nbs/24_certainty.ipynb #282a3e78
+def _additive(methods: Iterable[str]) -> list[str]:
+    "The methods; ValueError for one whose scores are not made of what adds up over texts."
+    methods, known = list(methods), [*score_names("stats", "downstream"), "leave_one_out"]
+    if unknown := [name for name in methods if name not in known]:
+        raise ValueError(f"{unknown[0]!r} does not add up over texts: there are {', '.join(known)}")
+    return methods
 
 
+def _readers(model: nn.Module, methods: list[str]) -> dict[str, Callable[[dict], LayerStats]]:
+    "How to read a batch, for each source that some methods are made of."
+    readers: dict[str, Callable[[dict], LayerStats]] = dict(
+        stats=lambda batch: collect_stats(model, [batch], reduce=("elements", "samples")),
+        downstream=lambda batch: downstream_stats(model, [batch]),
+    )
+    return {source: read for source, read in readers.items() if set(methods) & set(score_names(source))}
+
+# %% ../nbs/24_certainty.ipynb #0337d828
+def _read_texts(
+    model: nn.Module, parts: list[tuple[int, dict]], methods: list[str], progress: bool
+) -> tuple[pd.Series, dict[str, list[LayerStats]]]:
+    "Counted tokens of each text, and by source the statistics of each text, in the order of the texts."
+    readers, tokens = _readers(model, methods), {text: 0 for text, _ in parts}
+    stats: dict[str, dict[int, LayerStats]] = {source: {} for source in readers}
+    for text, part in tqdm(parts, desc="texts", disable=not progress):
+        tokens[text] += int(part["token_mask"].sum())
+        for source, read in readers.items():
+            found = read(part)
+            stats[source][text] = stats[source][text] + found if text in stats[source] else found
+    counted = pd.Series(tokens, name="tokens").sort_index()
+    return counted, {source: [of_texts[text] for text in counted.index] for source, of_texts in stats.items()}
+
+# %% ../nbs/24_certainty.ipynb #2fd12178
 def score_texts(
     model: nn.Module,
-    batches: Iterable[dict],
+    tokenizer: PreTrainedTokenizerBase | Iterable[dict],
+    texts: Iterable[str] | None = None,
     *,
-    methods: Iterable[str] = (
-        "avss",
-        "block_influence",
-        "leave_one_out",
-    ),  # leave_one_out, those of `FROM_STATS`, `FROM_DOWNSTREAM`
+    methods: Iterable[str] = ("avss", "block_influence", "leave_one_out"),  # made of sums, or leave_one_out
     losses: pd.DataFrame | None = None,  # from `removal_losses` over the same batches, if they are there already
     progress: bool = False,
 ) -> TextScores:
     "Measure every text by itself; ValueError for a method whose scores do not add up over texts, or for one text only."
-    methods, batches = list(methods), list(batches)
-    if unknown := [m for m in methods if m not in (*FROM_STATS, *FROM_DOWNSTREAM, "leave_one_out")]:
-        raise ValueError(
-            f"{unknown[0]!r} does not add up over texts: "
-            f"there are {', '.join([*FROM_STATS, *FROM_DOWNSTREAM, 'leave_one_out'])}"
-        )
+    methods, batches = _additive(methods), list(as_batches(tokenizer, texts))
     parts = list(by_text(batches))
     if len({text for text, _ in parts}) < 2:
         raise ValueError("how sure a score is takes at least two texts")
-    read = dict(
-        read=lambda b: read_layers(model, b, reduce=("elements", "samples")),
-        downstream=lambda b: downstream_stats(model, b),
-    )
-    wanted = [
-        kind for kind, table in dict(read=FROM_STATS, downstream=FROM_DOWNSTREAM).items() if set(methods) & set(table)
-    ]
-    stats, tokens = {kind: {} for kind in wanted}, {}
-    for text, part in tqdm(parts, desc="texts", disable=not progress):
-        tokens[text] = tokens.get(text, 0) + int(part["token_mask"].sum())
-        for kind in wanted:
-            found = read[kind]([part])
-            stats[kind][text] = stats[kind][text] + found if text in stats[kind] else found
+    tokens, stats = _read_texts(model, parts, methods, progress)
     if "leave_one_out" in methods and losses is None:
         losses = removal_losses(model, batches, progress=progress)
-    tokens = pd.Series(tokens, name="tokens").sort_index()
     if losses is not None and losses.index.tolist() != tokens.index.tolist():
         raise ValueError("the losses are of other texts than the batches")
-    return TextScores(tokens, {kind: [some[text] for text in tokens.index] for kind, some in stats.items()}, losses)
+    return TextScores(tokens, stats, losses)
 
 # %% ../nbs/24_certainty.ipynb #02f15e38
 def score_certainty(
     texts: TextScores,
     *,
     methods: Iterable[str] = ("avss", "block_influence", "leave_one_out"),
-    fraction: float = 0.25,  # of the layers would go
+    fraction: float = 0.25,  # of the layers would be pruned
     level: float = 0.95,
     n_resamples: int = 1000,
     seed: int = 0,
@@ -109,19 +132,36 @@ def score_certainty(
     "Each layer's score with its bootstrap interval over texts, and how often it is among the lowest."
     methods, n = list(methods), len(texts.tokens)
     point, rng = texts.reweighted(np.ones(n), methods), np.random.default_rng(seed)
-    draws = np.stack(
-        [texts.reweighted(rng.multinomial(n, np.full(n, 1 / n)), methods).to_numpy() for _ in range(n_resamples)]
-    )
-    k = n_removed(fraction, len(point))
-    lowest = (draws.argsort(axis=1, kind="stable").argsort(axis=1) < k).mean(0)
+    weights = [rng.multinomial(n, np.full(n, 1 / n)) for _ in range(n_resamples)]
+    draws = np.stack([texts.reweighted(some, methods).to_numpy() for some in weights])  # (draws, layers, methods)
+    ranks = draws.argsort(axis=1, kind="stable").argsort(axis=1)
+    lowest = (ranks < n_removed(fraction, len(point))).mean(0)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
-    tables = {
-        m: pd.DataFrame(dict(score=point[m], low=low[:, i], high=high[:, i], lowest=lowest[:, i]))
-        for i, m in enumerate(methods)
-    }
+    tables = {}
+    for i, name in enumerate(methods):
+        tables[name] = pd.DataFrame(dict(score=point[name], low=low[:, i], high=high[:, i], lowest=lowest[:, i]))
     return pd.concat(tables, names=["method"])
 
 # %% ../nbs/24_certainty.ipynb #e62497b8
+def _lowest_layers(scores: pd.DataFrame, fraction: float) -> dict[str, set[int]]:
+    "Of each score: the layers with the lowest."
+    k = n_removed(fraction, len(scores))
+    return {name: set(scores[name].sort_values(kind="stable").index[:k]) for name in scores}
+
+
+def _one_order(texts: TextScores, order: np.ndarray, methods: list[str], fraction: float) -> list[dict]:
+    "One row per method and number of texts read: how much of the final choice is found."
+    final = _lowest_layers(texts.reweighted(np.ones(len(order)), methods), fraction)
+    weights, rows = np.zeros(len(order)), []
+    for n_texts, text in enumerate(order, 1):
+        weights[text] = 1
+        now, tokens = _lowest_layers(texts.reweighted(weights, methods), fraction), (weights * texts.tokens).sum()
+        for name in methods:
+            found = len(now[name] & final[name]) / len(final[name])
+            rows.append(dict(method=name, n_texts=n_texts, tokens=tokens, found=found))
+    return rows
+
+# %% ../nbs/24_certainty.ipynb #79302ecf
 def convergence(
     texts: TextScores,
     *,
@@ -131,26 +171,10 @@ def convergence(
     seed: int = 0,
 ) -> pd.DataFrame:  # index (method, order, n_texts); `tokens` read, `found`: share of the final choice
     "How much of the final choice is found after how much text, in random orders of the texts."
-    methods, n, rng, rows = list(methods), len(texts.tokens), np.random.default_rng(seed), []
-    lowest = lambda scores: {
-        m: set(scores[m].sort_values(kind="stable").index[: n_removed(fraction, len(scores))]) for m in methods
-    }
-    final = lowest(texts.reweighted(np.ones(n), methods))
-    for order in range(n_orders):
-        weights = np.zeros(n)
-        for read, text in enumerate(rng.permutation(n), 1):
-            weights[text] = 1
-            now = lowest(texts.reweighted(weights, methods))
-            rows += [
-                dict(
-                    method=m,
-                    order=order,
-                    n_texts=read,
-                    tokens=(weights * texts.tokens).sum(),
-                    found=len(now[m] & final[m]) / len(final[m]),
-                )
-                for m in methods
-            ]
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(n_orders):
+        order = rng.permutation(len(texts.tokens))
+        rows += [dict(row, order=number) for row in _one_order(texts, order, list(methods), fraction)]
     return pd.DataFrame(rows).set_index(["method", "order", "n_texts"])
 
 

@@ -238,7 +238,7 @@ def _save(self: AnswerStats, path: str | Path):
 
 def _load(path: str | Path) -> AnswerStats:
     "Read what `save` wrote; ValueError for a file that is something else or was cut short."
-    sums, note = read_sums(path, "AnswerStats", "answer", beside=("lengths",))
+    sums, note = read_sums(path, "AnswerStats", "answer", extra=("lengths",))
     lengths = sums.pop("lengths")
     try:
         ids, tokens = json.loads(note["ids"]), note["tokens"]

@@ -40,17 +40,9 @@ from .detection import detector_scores, eavss_detector, evaluate_detectors
 from .eavss import answer_stats, hallucination_profile, log_avss, plot_hallucination
 from .evaluation import is_causal
 from .healing import heal
-from avss_nb.importance import (
-    FROM_DOWNSTREAM,
-    FROM_STATS,
-    layer_scores,
-    loss_increase,
-    rank_agreement,
-    read_layers,
-    removal_losses,
-)
+from .importance import layer_scores, loss_increase, rank_agreement, removal_losses, score_names
 from .labeling import PromptTooLong, generate_answers, label_answers, label_counts
-from .metrics import LayerStats, avss, sparsity, variance
+from .metrics import LayerStats, avss, collect_stats, sparsity, variance
 from .models import atomic_write, blocks, content_key, load_model, one_line, resolve_model
 from avss_nb.pruning import (
     chance_level,
@@ -351,7 +343,7 @@ def _stats(path: Path, model, some_batches, reduce=("elements",)) -> LayerStats:
     if not path.exists():
         atomic_write(
             path,
-            read_layers(
+            collect_stats(
                 model, some_batches, points=("output", "update", "relative_update"), reduce=reduce, progress=True
             ).save,
         )
@@ -493,7 +485,8 @@ def _measure_all(model, tokenizer, data: dict, settings: Settings, out: Path, ca
     for i, batch in enumerate(tqdm(calibration, desc="leave one out")):
         cached_table(out / "losses" / f"batch-{i}.csv", lambda: removal_losses(model, [batch]), index="text")
     losses = _losses([out / "losses" / f"batch-{i}.csv" for i in range(len(calibration))])
-    methods = [m for m in FROM_STATS if m != "angular_distance"] + [*FROM_DOWNSTREAM, "taylor", "magnitude", "position"]
+    methods = [m for m in score_names("stats", "downstream") if m != "angular_distance"]
+    methods += ["taylor", "magnitude", "position"]
     scores = cached_table(
         out / "scores.csv",
         lambda: layer_scores(model, calibration, methods=methods, stats=stats()).assign(

@@ -37,16 +37,8 @@ from transformers import PretrainedConfig
 
 from .cost import BITS, meta_model, weight_bytes, weight_counts
 from .eavss import AnswerStats
-from avss_nb.importance import (
-    FROM_DOWNSTREAM,
-    FROM_STATS,
-    downstream_stats,
-    layer_scores,
-    loss_increase,
-    read_layers,
-    removal_losses,
-)
-from .metrics import N_BINS, LayerStats
+from .importance import SCORES, downstream_stats, layer_scores, loss_increase, removal_losses, score_names
+from .metrics import N_BINS, LayerStats, collect_stats
 from .models import atomic_write, blocks, model_key
 from .runs import RunDirectory, check_run
 
@@ -321,20 +313,20 @@ def spread_scores(
     "`layer_scores`, made by all processes together; ValueError for a method that needs all texts at once."
     methods, batches = [methods] if isinstance(methods, str) else list(methods), list(batches)
     alone = ("magnitude", "position", "random", "leave_one_out")
-    if wrong := [m for m in methods if m not in {**FROM_STATS, **FROM_DOWNSTREAM} and m not in alone]:
+    if wrong := [m for m in methods if m not in score_names("stats", "downstream") and m not in alone]:
         raise ValueError(f"{wrong[0]!r} is not a sum over texts: run layer_scores in one process")
     place = lambda name: out and Path(out) / name
     if out:
         options["settings"] = dict(model=model_key(model)) | options.get("settings", {})
     stats = downstream = losses = None
-    if set(methods) & set(FROM_STATS):
+    if set(methods) & set(score_names("stats")):
         stats = spread(
-            lambda some: read_layers(model, some, reduce=("elements", "samples")),
+            lambda some: collect_stats(model, some, reduce=("elements", "samples")),
             batches,
             out=place("stats"),
             **options,
         )
-    if set(methods) & set(FROM_DOWNSTREAM):
+    if set(methods) & set(score_names("downstream")):
         downstream = spread(lambda some: downstream_stats(model, some), batches, out=place("downstream"), **options)
     if "leave_one_out" in methods:
         losses = spread(lambda some: removal_losses(model, some), batches, out=place("losses"), add=True, **options)
@@ -343,8 +335,8 @@ def spread_scores(
         if m == "leave_one_out":
             return loss_increase(losses)
         return (
-            FROM_DOWNSTREAM[m](downstream)
-            if m in FROM_DOWNSTREAM
+            SCORES[m](downstream)
+            if m in score_names("downstream")
             else layer_scores(model, [], methods=[m], stats=stats)[m]
         )
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .data import batches
 from .evaluation import is_causal
 from .hooks import model_inputs
-from .importance import BY_RUNNING, FROM_DOWNSTREAM, FROM_STATS, layer_scores
+from .importance import SCORES, layer_scores
 from .models import blocks, content_key, load_model
 from .pruning import chance_level, measure_removal, retention_table, select_layers
 from .report import Settings, add_settings, healed_items, study_data
@@ -45,9 +45,8 @@ def _own_scores(file: str | Path, score: str, n_layers: int) -> pd.DataFrame:
 
 
 def _check_score(score: str):
-    known = FROM_STATS | FROM_DOWNSTREAM | BY_RUNNING
-    if score not in known:
-        raise ValueError(f"unknown score {score!r}: known are {', '.join(known)}, or give a file of scores")
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}: known are {', '.join(SCORES)}, or give a file of scores")
 
 # %% ../nbs/51_shipping.ipynb #e7b0933d
 def _save(small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, batch: dict):
@@ -219,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("model", help="short name (smollm2-135m), folder, GGUF file or hub id")
     parser.add_argument("--out", required=True, help="the new folder; it must not exist yet")
     parser.add_argument(
-        "--score", default="avss", help=f"one of {', '.join(FROM_STATS | FROM_DOWNSTREAM | BY_RUNNING)}; default avss"
+        "--score", default="avss", help=f"one of {', '.join(SCORES)}; default avss"
     )
     parser.add_argument(
         "--scores", help="a CSV file with the columns `layer` and that of --score, instead of measuring"

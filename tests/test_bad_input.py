@@ -544,7 +544,7 @@ def command_fails(capsys, *arguments, naming: tuple = ()) -> str:
 @pytest.fixture
 def no_work(monkeypatch):
     "Whatever measures fails the test: errors come before long work."
-    for name in ("read_layers", "removal_losses", "measure_removal", "layer_scores"):
+    for name in ("collect_stats", "removal_losses", "measure_removal", "layer_scores"):
         monkeypatch.setattr(avss_nb.report, name, lambda *args, **options: pytest.fail("long work was begun"))
 
 

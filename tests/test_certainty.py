@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from avss_nb.certainty import TextScores, by_text, score_certainty, score_texts, converged_after, convergence
-from avss_nb.importance import FROM_DOWNSTREAM, FROM_STATS, layer_scores, removal_losses
+from avss_nb.importance import layer_scores, removal_losses, score_names
 from tiny import batch_of, one_thread, tiny
 
-METHODS = [*FROM_STATS, *FROM_DOWNSTREAM, "leave_one_out"]
+METHODS = [*score_names("stats", "downstream"), "leave_one_out"]
 
 
 def numbered(*groups: tuple) -> list[dict]:

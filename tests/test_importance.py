@@ -9,13 +9,13 @@ import torch
 from avss_nb.evaluation import LinearProbe, row_losses
 from avss_nb.hooks import read_activations, run_blocks
 from avss_nb.importance import (
-    FROM_STATS,
     angular_distance,
-    sublayer_names,
     layer_scores,
     leave_one_out,
+    score_names,
     shapley,
     sleb,
+    sublayer_names,
     taylor,
 )
 from avss_nb.metrics import avss, collect_stats
@@ -56,7 +56,7 @@ def test_every_score_is_finite_and_has_a_row_for_each_layer(family):
         model,
         texts(),
         methods=[
-            *FROM_STATS,
+            *score_names("stats"),
             "magnitude",
             "position",
             "random",
@@ -75,9 +75,9 @@ def test_halves_of_blocks(family):
     model, methods = tiny(family), ["avss", "variance", "block_influence", "magnitude"]
     if family in NO_HALVES:
         with pytest.raises(ValueError, match=NO_HALVES[family]):
-            layer_scores(model, texts(), methods=methods, units=sublayer_names(model))
+            layer_scores(model, texts(), methods=methods, layers=sublayer_names(model))
         return
-    scores = layer_scores(model, texts(), methods=methods, units=sublayer_names(model))
+    scores = layer_scores(model, texts(), methods=methods, layers=sublayer_names(model))
     assert scores.index.tolist() == sublayer_names(model) and (scores > 0).all(axis=None)
     base_model = layer_scores(model, texts(), methods=["magnitude"]).magnitude
     norms = [sum(p.abs().sum().item() for p in block.parameters() if p.dim() < 2) for block in blocks(model)]
@@ -104,10 +104,10 @@ def test_leave_one_out_of_halves_equals_skipping(family):
     model = tiny(family)
     if family == "mamba":
         with pytest.raises(ValueError, match="no 'attention' found in MambaBlock"):
-            leave_one_out(model, texts(), units=sublayer_names(model))
+            leave_one_out(model, texts(), layers=sublayer_names(model))
         return
     loss = loss_of(family, model)
-    found = leave_one_out(model, texts(), units=sublayer_names(model), loss=loss)
+    found = leave_one_out(model, texts(), layers=sublayer_names(model), loss=loss)
     for unit in sublayer_names(model):
         with skip_layers(model, [unit]):
             wanted = mean_loss(model, loss)
@@ -130,7 +130,7 @@ def test_greedy_removal_equals_the_plain_way(family):
                 return mean_loss(model, loss)
 
         removed.append(min((i for i in range(5) if i not in removed), key=cost))
-    assert sleb(model, texts(), 3, loss=loss, early_stop=None) == removed
+    assert sleb(model, texts(), n=3, loss=loss, early_stop=None) == removed
 
 
 def test_a_race_drops_only_those_clearly_behind():
@@ -149,7 +149,7 @@ def test_a_race_drops_only_those_clearly_behind():
     counts, orders = {}, {}
     for early_stop in (None, 1e9, 3.0, 0.0):
         runs.clear()
-        orders[early_stop] = sleb(model, some, 2, early_stop=early_stop, loss=loss)
+        orders[early_stop] = sleb(model, some, n=2, early_stop=early_stop, loss=loss)
         counts[early_stop] = len(runs)
     assert counts[None] == counts[1e9] == 6 * (5 + 4) and counts[0.0] <= counts[3.0] < counts[None] / 2
     assert orders[None] == orders[1e9] == orders[3.0] == [3, 1]
@@ -190,7 +190,7 @@ def test_shapley_values_by_all_orders(family):
 def test_shapley_of_halves_and_of_a_few_units():
     model = tiny("llama")
     units = sublayer_names(model)[:4]
-    found = shapley(model, texts(), units=units, worst=np.inf)
+    found = shapley(model, texts(), layers=units, worst=np.inf)
     with skip_layers(model, units):
         without_them = mean_loss(model, row_losses)
     np.testing.assert_allclose(found.shapley.sum(), without_them - mean_loss(model, row_losses), atol=1e-6)
@@ -268,7 +268,7 @@ def test_angular_distance_is_the_angle_at_the_last_counted_token(family):
 
 
 def test_scores_do_not_depend_on_batching():
-    model, methods = tiny("llama"), [*FROM_STATS, "taylor", "leave_one_out", "shapley"]
+    model, methods = tiny("llama"), [*score_names("stats"), "taylor", "leave_one_out", "shapley"]
     alone = [{k: v[i : i + 1] for k, v in batch.items()} for batch in texts() for i in range(len(batch["index"]))]
     for b in alone:
         b.update({k: v[:, : int(b["token_mask"].sum())] for k, v in b.items() if v.dim() == 2})
@@ -281,8 +281,8 @@ def test_a_model_without_some_units_is_left_as_it_was():
     model = tiny("llama").train()
     before = [*blocks(model)]
     for run in (
-        lambda: leave_one_out(model, texts(), units=sublayer_names(model)),
-        lambda: sleb(model, texts(), 2),
+        lambda: leave_one_out(model, texts(), layers=sublayer_names(model)),
+        lambda: sleb(model, texts(), n=2),
         lambda: shapley(model, texts(), worst=np.inf),
         lambda: taylor(model, texts()),
     ):
@@ -296,15 +296,15 @@ def test_a_model_without_some_units_is_left_as_it_was():
 @pytest.mark.parametrize(
     "run, message",
     [
-        (lambda m: layer_scores(m, texts(), methods=["sleb"], units=["attn.1"]), "not 'attn.1'"),
-        (lambda m: layer_scores(m, texts(), units=[0, 0]), "layer 0 is named twice"),
-        (lambda m: layer_scores(m, texts(), units=["mlp.7"]), "there is no layer 7"),
+        (lambda m: layer_scores(m, texts(), methods=["sleb"], layers=["attn.1"]), "not 'attn.1'"),
+        (lambda m: layer_scores(m, texts(), layers=[0, 0]), "layer 0 is named twice"),
+        (lambda m: layer_scores(m, texts(), layers=["mlp.7"]), "there is no layer 7"),
         (lambda m: angular_distance(m, texts(), n=6), "between 1 and the number of layers 5, not 6"),
         (lambda m: angular_distance(m, []), "batches are empty"),
         (lambda m: shapley(m, []), "batches are empty"),
         (lambda m: taylor(m, []), "batches are empty"),
-        (lambda m: sleb(m, texts(), 5), "between 1 and 4, not 5"),
-        (lambda m: sleb(m, [], 2), "batches are empty"),
+        (lambda m: sleb(m, texts(), n=5), "between 1 and 4, not 5"),
+        (lambda m: sleb(m, [], n=2), "batches are empty"),
         (lambda m: shapley(m, texts(), n_pairs=1), "two pairs"),
         (lambda m: skip_layers(m, [2.5]), "not 2.5"),
     ],
@@ -318,10 +318,10 @@ def test_bad_input_is_named(run, message):
     "score",
     [
         taylor,
-        lambda m, b: sleb(m, b, 2),
+        lambda m, b: sleb(m, b, n=2),
         shapley,
         leave_one_out,
-        lambda m, b: layer_scores(m, b, methods=[*FROM_STATS]),
+        lambda m, b: layer_scores(m, b, methods=[*score_names("stats")]),
     ],
     ids=["taylor", "sleb", "shapley", "leave_one_out", "statistics"],
 )
@@ -359,7 +359,7 @@ def test_halves_turn_the_stream_by_hand(family):
     ):
         for batch in some:
             run_blocks(model, batch)
-    found = layer_scores(model, some, methods=["block_influence", "variance"], units=sublayer_names(model))
+    found = layer_scores(model, some, methods=["block_influence", "variance"], layers=sublayer_names(model))
     for layer in range(5):
         with (
             skip_layers(model, [f"mlp.{layer}"]),

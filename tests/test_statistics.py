@@ -314,7 +314,7 @@ def test_mass_and_authors_stay_below_the_fraction(s, percent):
     assert authors == list(range(len(authors))) and s.iloc[: len(authors) + 1].sum() / total > limit - 1e-9
 
 
-@pytest.mark.parametrize("rule, expected", [("count", [1, 3]), ("mass", [0, 1, 3, 5]), ("authors", [0, 1])])
+@pytest.mark.parametrize("rule, expected", [("count", [1, 3]), ("mass", [0, 1, 3, 5]), ("published_code", [0, 1])])
 def test_choice_by_hand(rule, expected):
     assert select_layers(pd.Series([4.0, 1, 8, 2, 9, 3, 7, 6]), fraction=0.25, rule=rule) == expected
 
