@@ -1,5 +1,6 @@
 """Answers that are the same in any batch, prompts with one first token, labels by rules and judges, and what is kept of a killed run."""
 
+import copy
 import json
 import os
 import re
@@ -32,6 +33,8 @@ from avss_nb.labeling import (
     label_counts,
     nli_judge,
     normalize_answer,
+    register_judge,
+    register_rule,
     rouge_l,
     rule_agreement,
     rule_disagreements,
@@ -363,7 +366,7 @@ def test_damaged_files_are_named(tmp_path):
     [
         (dict(questions=[]), "no row"),
         (dict(questions=questions("a", " ")), "'q1' is empty"),
-        (dict(questions=[ASKED[0]] * 2), "'q0' stands twice"),
+        (dict(questions=[ASKED[0]] * 2), "'q0' occurs twice"),
         (dict(n_samples=-1), "n_samples is at least 0"),
         (dict(max_new_tokens=0), "max_new_tokens at least 1"),
         (dict(style="chat"), "no chat template"),
@@ -442,12 +445,12 @@ def test_normalising_twice_changes_nothing(text, style):
 
 @given(PLAIN, PLAIN)
 @settings(deadline=None, max_examples=400)
-def test_squad_as_others_wrote_it(said, gold):
+def test_squad_as_others_wrote_it(said, reference):
     "Against lm-eval's copy of the official SQuAD v1.1 script."
     from lm_eval.tasks.qasper.metrics import f1_abstractive, normalize_answer as official
 
     assert normalize_answer(said) == official(said)
-    assert token_f1(said, gold) == pytest.approx(f1_abstractive([said], [gold]))
+    assert token_f1(said, reference) == pytest.approx(f1_abstractive([said], [reference]))
 
 
 @given(
@@ -455,12 +458,12 @@ def test_squad_as_others_wrote_it(said, gold):
     st.text(string.ascii_letters + " ", max_size=12),
 )
 @settings(deadline=None, max_examples=300)
-def test_rouge_as_others_wrote_it(said, gold):
+def test_rouge_as_others_wrote_it(said, reference):
     "On a–z and 0–9 our words are rouge_score's own."
     from rouge_score.rouge_scorer import RougeScorer
 
-    for prediction in (said, f"{gold} {said}", gold[::-1]):
-        assert rouge_l(prediction, gold) == RougeScorer(["rougeL"]).score(gold, prediction)["rougeL"].fmeasure
+    for prediction in (said, f"{reference} {said}", reference[::-1]):
+        assert rouge_l(prediction, reference) == RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
 
 
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.sampled_from(STYLES))
@@ -540,10 +543,10 @@ def test_refusals(rule):
 
 
 @pytest.mark.parametrize("rule", LABEL_RULES)
-@pytest.mark.parametrize("gold", ["A", "the", "...", ""])
-def test_a_gold_that_is_nothing_matches_nothing_else(rule, gold):
-    assert labels(rule, "Mark Twain", [gold]) == "wrong" == labels(rule, "an", [gold])
-    assert labels(rule, "a Twain", [gold, "Twain"]) == "right"
+@pytest.mark.parametrize("reference", ["A", "the", "...", ""])
+def test_a_reference_that_is_nothing_matches_nothing_else(rule, reference):
+    assert labels(rule, "Mark Twain", [reference]) == "wrong" == labels(rule, "an", [reference])
+    assert labels(rule, "a Twain", [reference, "Twain"]) == "right"
 
 
 @pytest.mark.parametrize("rule", ["alias", "choice"])
@@ -556,7 +559,7 @@ def test_the_questions_own_words_prove_nothing(rule):
         say("The capital of Peru is Cusco.", references) == "wrong"
         and say("The capital of Peru is Lima.", references) == say("capital of Peru!", references) == "right"
     )
-    assert say("The Sun is", ["Sun"], "Which is larger, the Sun or the Moon?") == "right"  # there is no other gold
+    assert say("The Sun is", ["Sun"], "Which is larger, the Sun or the Moon?") == "right"  # there is no other reference
 
 
 @pytest.mark.parametrize(
@@ -633,7 +636,7 @@ def test_a_plain_table_is_enough():
         (dict(answers=[["x"], [3]]), "row 1"),
     ],
 )
-def test_bad_golds_name_the_row(change, error):
+def test_bad_references_name_the_row(change, error):
     with pytest.raises(ValueError, match=error):
         label_answers(pd.DataFrame(dict(id=["a", "b"], question=["?", "!"], answer=["x", "y"]) | change))
 
@@ -837,6 +840,49 @@ def test_a_model_that_gives_nan_or_is_no_classifier():
         label_answers(TABLE, rule=nli_judge(tiny("bert"), letters(), entailment=0))
 
 
+def test_judges_by_name(monkeypatch):
+    "A maker gets the rows, and options; a name that is neither rule nor judge is refused, and so are options of none."
+    given_ = {}
+
+    def make(rows, **options):
+        given_.update(rows=rows, options=options)
+        return lambda question, answer, references: answer in references
+
+    monkeypatch.setattr(labeling, "JUDGES", copy.copy(labeling.JUDGES))
+    assert register_judge("strict")(make) is make and list(labeling.JUDGES) == ["nli", "similarity", "strict"]
+    found = label_answers(TABLE, rule="strict", depth=3)["strict"][:]
+    assert found == ["right", "wrong", "empty", "wrong", "right", "refused", "wrong"]
+    assert given_["options"] == dict(depth=3) and [row["answer"] for row in given_["rows"]] == [
+        row["answer"] for row in TABLE
+    ]
+    model = classifier(["entailment", "neutral", "contradiction"])
+    by_name = label_answers(TABLE, rule="nli", model=model, tokenizer=letters())
+    assert by_name["nli"][:] == label_answers(TABLE, rule=nli_judge(model, letters()))["nli"][:]
+    with pytest.raises(ValueError, match="known are alias, .*, choice, nli, similarity, strict, or give a judge"):
+        label_answers(TABLE, rule="nonesuch")
+    for rule in ("alias", given_.get):
+        with pytest.raises(ValueError, match="options of a judge are given, depth"):
+            label_answers(TABLE, rule=rule, depth=3)
+
+
+def test_a_rule_of_ones_own(monkeypatch):
+    monkeypatch.setattr(labeling, "LABEL_RULES", copy.copy(labeling.LABEL_RULES))
+
+    @register_rule("shouted")
+    def shouted(answer, references, distractors, style):
+        return answer.isupper() and answer.lower() in references
+
+    assert labels("shouted", "LIMA", ["lima"]) == "right" and labels("shouted", "LIMA?", ["lima"]) == "wrong"
+    assert labels("shouted", "", ["lima"]) == "empty" and "shouted" not in LABEL_RULES
+
+
+def test_a_judge_does_not_train():
+    "A model that is left in training mode judges as in evaluation, and is given back as it was."
+    model = classifier(["entailment", "neutral", "contradiction"])
+    wanted = nli_judge(model, letters())("Who?", "answer", ["some gold"])
+    assert nli_judge(model.train(), letters())("Who?", "answer", ["some gold"]) == wanted and model.training
+
+
 # ---- tables
 
 
@@ -901,7 +947,7 @@ def test_quality_is_scikit_learns(pairs):
             if not np.isnan(quality[name]):
                 assert quality[f"{name}_low"] <= quality[name] <= quality[f"{name}_high"]
     with pytest.raises(ValueError, match="no trusted labels 'truth'"):
-        rule_quality(table, truth="truth")
+        rule_quality(table, trusted="truth")
 
 
 @pytest.mark.skipif(not os.environ.get("AVSS_NB_DATA"), reason="needs the benchmark sets (AVSS_NB_DATA)")
