@@ -95,10 +95,6 @@ class _AnswerSums:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __repr__(self) -> str:
-        size = f"{len(self)} answers, {self.n_layers} layers"
-        return f"{type(self).__name__}({size}, points {', '.join(self.points)}, tokens {self.tokens!r})"
-
 # %% ../nbs/31_eavss.ipynb #c592dcc1
 class _ReadableSums(_AnswerSums):
     "… which can be read."
@@ -113,6 +109,14 @@ class _ReadableSums(_AnswerSums):
         "How many layers there are."
         return next(iter(self.sums.values())).shape[1]
 
+    def __repr__(self) -> str:
+        size = f"{len(self)} answers, {self.n_layers} layers"
+        return f"{type(self).__name__}({size}, points {', '.join(self.points)}, tokens {self.tokens!r})"
+
+# %% ../nbs/31_eavss.ipynb #7960e3d8
+class _SumsByName(_ReadableSums):
+    "… by point and quantity."
+
     def get(
         self,
         point: str,
@@ -125,7 +129,7 @@ class _ReadableSums(_AnswerSums):
         return self.sums[f"{point}.{quantity}"].numpy()
 
 # %% ../nbs/31_eavss.ipynb #0d2f736a
-class _JoinableSums(_ReadableSums):
+class _JoinableSums(_SumsByName):
     "… picked and joined."
 
     def select(
@@ -146,7 +150,7 @@ class _JoinableSums(_ReadableSums):
 
 # %% ../nbs/31_eavss.ipynb #fd124fa1
 def _rms(sumsq: np.ndarray, count: np.ndarray) -> np.ndarray:
-    "Root mean square of each layer over some answers, (answers, layers) -> (layers,); ValueError where there is nothing."
+    "Root mean square of each layer, (layers,), over some answers (answers, layers); ValueError where there is nothing."
     squares, n = sumsq.sum(0), count.sum(0)
     if not ((n > 0) & (squares >= 0)).all():
         raise ValueError("there is no activation to compare with a threshold, or its sums are not those of any")
@@ -160,8 +164,8 @@ def _check_thresholds(found: np.ndarray, rms: np.ndarray, point: str, chosen: st
     if outside.size:
         layer = outside[0]
         raise ValueError(
-            f"the threshold {found[layer]:.2g} of layer {layer} at {point!r} lies outside of what the histogram resolves "
-            f"({2.0**LOWEST:.2g} to {2.0**HIGHEST:.0f}): choose another {chosen}"
+            f"the threshold {found[layer]:.2g} of layer {layer} at {point!r} lies outside of what the histogram "
+            f"resolves ({2.0**LOWEST:.2g} to {2.0**HIGHEST:.0f}): choose another {chosen}"
         )
 
 # %% ../nbs/31_eavss.ipynb #08a1c65c
@@ -280,11 +284,11 @@ def _are_sums(sums: dict[str, torch.Tensor]) -> bool:
 
 # %% ../nbs/31_eavss.ipynb #26245d08
 class AnswerStats(_Saved):
-    """Additive sums of each answer at each layer: tensors named `point.quantity`, (answers, layers), `hist` (answers, layers,
-    bins)."""
+    """Additive sums of each answer at each layer: tensors named `point.quantity`, (answers, layers), `hist` (answers,
+    layers, bins)."""
 
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
+    @staticmethod
+    def load(path: str | Path) -> "AnswerStats":
         "Read what `save` wrote; ValueError for a file that is something else or was cut short."
         sums, note = read_sums(path, "AnswerStats", "answer", beside=("lengths",))
         lengths = sums.pop("lengths")
@@ -292,7 +296,7 @@ class AnswerStats(_Saved):
         if tokens is None or not _fit_together(sums, lengths, ids) or not _are_sums(sums):
             problem = "its sums, lengths and ids are not of the same answers"
             raise ValueError(f"{path} is damaged, get or make it again: {problem}")
-        return cls(sums, lengths.numpy(), ids, tokens)
+        return AnswerStats(sums, lengths.numpy(), ids, tokens)
 
 # %% ../nbs/31_eavss.ipynb #8ef6ad32
 def _frame(values: np.ndarray) -> pd.DataFrame:
@@ -394,7 +398,7 @@ _QUANTITIES: dict[str, tuple] = dict(
 
 def _empty_sums(points: Sequence[str], n_answers: int, n_layers: int) -> dict[str, torch.Tensor]:
     "Zeros for the sums of so many answers."
-    sums = {}
+    sums: dict[str, torch.Tensor] = {}
     for point in points:
         for quantity, (dtype, *shape) in _QUANTITIES.items():
             sums[f"{point}.{quantity}"] = torch.zeros(n_answers, n_layers, *shape, dtype=dtype)
@@ -488,8 +492,8 @@ def answer_stats(
     padding_side: str | None = None,  # "left" or "right"; default: the tokenizer's
     progress: bool = False,
 ) -> AnswerStats | tuple[AnswerStats, ...]:  # a tuple where `tokens` is one
-    """Statistics of every answer over its own tokens, in one pass. ValueError names an answer without tokens or a missing
-    column, FloatingPointError the first layer that is not finite."""
+    """Statistics of every answer over its own tokens, in one pass. ValueError names an answer without tokens or a
+    missing column, FloatingPointError the first layer that is not finite."""
     kinds, points = _token_kinds(tokens), check_points(points)
     ids, rows, lengths = _answer_rows(model, answers)
     batches = batch_rows(rows, tokenizer, batch_size=batch_size, padding_side=padding_side, max_tokens=max_tokens)
@@ -538,7 +542,7 @@ def _label_list(labels, n: int) -> list:
 
 
 def _hallucinated(labels, n: int) -> tuple[np.ndarray, dict[str, int]]:
-    "1 for wrong, 0 for right, NaN for what is left out, (answers,); and how many of each. ValueError says what is amiss."
+    "1 for wrong, 0 for right, NaN for what is left out, (answers,); how many of each. ValueError says what is amiss."
     names = label_names(_label_list(labels, n))
     counts = {name: names.count(name) for name in _LABELS}
     if not (counts["right"] and counts["wrong"]):
@@ -624,7 +628,7 @@ def _group_sums(stats: AnswerStats, rows: np.ndarray, how: Comparison) -> np.nda
     """Count, sum, sum of squares and count below the threshold of each answer: (answers, 4, layers).
     The threshold is the same for all."""
     near_zero = stats.below(how.point, stats.thresholds(how.point, how.eps, how.tau, rows))
-    sums = [stats.get(how.point, quantity).astype(float) for quantity in ("count", "sum", "sumsq")]
+    sums: list[np.ndarray] = [stats.get(how.point, quantity).astype(float) for quantity in ("count", "sum", "sumsq")]
     return np.stack([*sums, near_zero], axis=1)[rows]
 
 
@@ -665,13 +669,14 @@ def _measured(measure: str, stats: AnswerStats, labels: Sequence, options: dict)
 
 def hsav(stats: AnswerStats, labels: Sequence, **options) -> pd.Series:  # per layer, as `eavss`
     """Hallucination-specific activation variance (arXiv 2411.10069; our reading). `ratio`: log σ²_H/σ²_F, in nats;
-    `gap`: |σ²_H − σ²_F|, `conditional`: σ²_H, in squared activation units. Options of `Comparison`, errors as in `eavss`."""
+    `gap`: |σ²_H − σ²_F|, `conditional`: σ²_H, in squared activation units.
+    Options of `Comparison`, errors as in `eavss`."""
     return _measured("hsav", stats, labels, options)
 
 
 def hss(stats: AnswerStats, labels: Sequence, **options) -> pd.Series:  # per layer, as `eavss`
-    """Hallucination-specific sparsity (arXiv 2411.10069; our reading). `ratio`: log S_H/S_F, in nats; `gap`: |S_H − S_F|;
-    `conditional`: S_H. Options of `Comparison`, errors as in `eavss`."""
+    """Hallucination-specific sparsity (arXiv 2411.10069; our reading). `ratio`: log S_H/S_F, in nats;
+    `gap`: |S_H − S_F|; `conditional`: S_H. Options of `Comparison`, errors as in `eavss`."""
     return _measured("hss", stats, labels, options)
 
 # %% ../nbs/31_eavss.ipynb #f50589e9
@@ -708,8 +713,8 @@ class _Design(_Blocks):
     "Which answers are compared with which, and how their labels are permuted and their questions resampled."
 
     def permuted(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """(n, answers): whose label each answer gets, n times. Questions of equal size exchange within their stratum, then
-        answers within a question."""
+        """(n, answers): whose label each answer gets, n times. Questions of equal size exchange within their stratum,
+        then answers within a question."""
         block = np.unique(np.stack([self.strata, self.questions]), axis=1, return_inverse=True)[1].ravel()
         order = np.argsort(block, kind="stable")
         source = self.exchanged(block, n, rng)
@@ -725,8 +730,8 @@ class _Design(_Blocks):
 
 # %% ../nbs/31_eavss.ipynb #6d840d98
 def _p_values(value: np.ndarray, null: np.ndarray, mode: str) -> np.ndarray:
-    """(layers,): the share of permutations (n, layers), the actual one counted in, that are as far from the middle (`gap`:
-    as high); a permutation without a value counts as one that is."""
+    """(layers,): the share of permutations (n, layers), the actual one counted in, that are as far from the middle
+    (`gap`: as high); a permutation without a value counts as one that is."""
     if mode == "gap":
         far, own = value, null
     else:
@@ -766,8 +771,8 @@ class _WeightedMeasure:
     def values(self, wrong: np.ndarray, right: np.ndarray) -> np.ndarray:
         "(R, layers), for weights of wrong and right answers, each (R, answers)."
         flat = self.sums.reshape(len(self.sums), -1)
-        of_wrong, of_right = (np.reshape(side @ flat, (len(side), 4, -1)) for side in (wrong, right))
-        return _readings(of_wrong, of_right, self.how)[self.measure]
+        groups = [(side @ flat).reshape(len(side), 4, -1) for side in (wrong, right)]
+        return _readings(groups[0], groups[1], self.how)[self.measure]
 
     def actual(self) -> np.ndarray:
         "(layers,): the measure itself."
@@ -828,8 +833,9 @@ def hallucination_profile(
     min_answers: int = 10,  # wrong answers, right answers and questions that there must be
     **options,  # of `Comparison`: mode, point, eps, tau, groups, within, delta
 ) -> pd.DataFrame:  # per layer: `value, low, high, p, q`; `attrs` has the counts and settings
-    """A measure with its bootstrap interval over questions, label-permutation p (`gap`: one-sided) and Benjamini–Hochberg
-    q over the layers; the tests are our addition. ValueError for what cannot be compared, or is not finite."""
+    """A measure with its bootstrap interval over questions, label-permutation p (`gap`: one-sided) and
+    Benjamini–Hochberg q over the layers; the tests are our addition. ValueError for what cannot be compared, or is
+    not finite."""
     how = Comparison(**options)
     _check_numbers(measure, n_permutations, n_resamples, level)
     tested, rngs = _TestedMeasure(measure, stats, labels, how), np.random.default_rng(seed).spawn(2)
@@ -848,7 +854,7 @@ def flip_labels(
     *,
     seed: int = 0,
 ) -> list:  # labels of the same kind
-    "Labels of which a share, drawn at random, says the opposite; `empty` and `refused` stay. ValueError for another share."
+    "Labels of which a share, drawn at random, is reversed; `empty` and `refused` stay. ValueError for another share."
     if not 0 <= share <= 1:
         raise ValueError(f"share lies between 0 and 1, not {share}")
     labels = _as_list(labels)

@@ -1,4 +1,5 @@
-"""Answers that are the same in any batch, prompts with one first token, labels by rules and judges, and what is kept of a killed run."""
+"""Answers that are the same in any batch, prompts with one first token, labels by rules and judges, and what is kept
+of a killed run."""
 
 import copy
 import json
@@ -85,7 +86,8 @@ ASKED = questions("Who?", "Where was it, and when?", "Why not?", "How long is a 
 @pytest.mark.parametrize("skipped", [[], [0, 3]], ids=str)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_batched_is_unbatched(family, skipped):
-    "In every family, greedy and drawn; greedy is what transformers' own `generate` says, and the numbers are those of one pass over the whole row."
+    """In every family, greedy and drawn; greedy is what transformers' own `generate` says, and the numbers are those
+    of one pass over the whole row."""
     model, tokenizer = tiny(family, bos_token_id=BOS, eos_token_id=EOS), letters()
     options = dict(n_samples=2, template="Q{question}A", max_new_tokens=7, stop=("zz",))
     with skip_layers(model, skipped):
@@ -146,12 +148,15 @@ def test_a_prompt_is_read_once_and_who_has_ended_leaves(monkeypatch):
 
 def test_samples_depend_on_seed_question_and_number_alone():
     model, tokenizer = tiny("llama"), letters()
-    drawn = lambda asked, **options: {
-        (r["id"], r["sample"]): r["answer_tokens"]
-        for r in generate_answers(
-            model, tokenizer, asked, **(dict(n_samples=3, max_new_tokens=9, temperature=2.0) | options)
-        )
-    }
+
+    def drawn(asked, **options):
+        return {
+            (r["id"], r["sample"]): r["answer_tokens"]
+            for r in generate_answers(
+                model, tokenizer, asked, **(dict(n_samples=3, max_new_tokens=9, temperature=2.0) | options)
+            )
+        }
+
     all_of_them = drawn(ASKED)
     assert drawn(ASKED[::-1]) == all_of_them and drawn(ASKED, batch_size=1) == all_of_them
     assert drawn(ASKED[1:3], n_samples=2).items() <= all_of_them.items()  # fewer questions, fewer samples
@@ -215,7 +220,10 @@ def test_where_an_answer_ends(monkeypatch, said, answer, before):
 def test_stops_are_the_callers(monkeypatch):
     script(monkeypatch, {"ZZ": "one. two\nthree"})
     asked = questions("ZZ")
-    end = lambda **options: generate_answers(tiny("llama"), letters(template=CHAT), asked, **options)[0]["answer"]
+
+    def end(**options):
+        return generate_answers(tiny("llama"), letters(template=CHAT), asked, **options)[0]["answer"]
+
     assert [end(stop="."), end(stop=()), end(stop=("two", "ne")), end(max_new_tokens=2), end(style="chat")] == [
         "one",
         "one. two\nthree",
@@ -348,7 +356,10 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
 
 def test_damaged_files_are_named(tmp_path):
     model, tokenizer = tiny("llama"), letters()
-    make = lambda: generate_answers(model, tokenizer, ASKED, max_new_tokens=2, out=tmp_path)
+
+    def make():
+        return generate_answers(model, tokenizer, ASKED, max_new_tokens=2, out=tmp_path)
+
     make()
     (tmp_path / "00000.jsonl").write_text('{"id": ')
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '00000.jsonl'} is damaged: delete it")):
@@ -551,9 +562,11 @@ def test_a_reference_that_is_nothing_matches_nothing_else(rule, reference):
 
 @pytest.mark.parametrize("rule", ["alias", "choice"])
 def test_the_questions_own_words_prove_nothing(rule):
-    say = lambda answer, references, question="What is the capital of Peru?": label_answers(
-        [dict(id="a", question=question, answers=references, distractors=["Quito"], answer=answer)], rule=rule
-    )[rule][0]
+    def say(answer, references, question="What is the capital of Peru?"):
+        return label_answers(
+            [dict(id="a", question=question, answers=references, distractors=["Quito"], answer=answer)], rule=rule
+        )[rule][0]
+
     references = ["Lima", "Capital of Peru"]
     assert (
         say("The capital of Peru is Cusco.", references) == "wrong"
@@ -651,9 +664,13 @@ def test_a_missing_column_is_named(missing):
 
 @pytest.mark.skipif(not os.environ.get("AVSS_NB_DATA"), reason="AVSS_NB_DATA names no folder with the benchmark files")
 def test_options_of_sciq():
-    "Each right option said alone is right by every rule; a distractor said alone is wrong by all but a few containments and overlaps."
+    """Each right option said alone is right by every rule; a distractor said alone is wrong by all but a few
+    containments and overlaps."""
     rows = load_questions("sciq")
-    say = lambda options: [dict(r, answer=o) for r in rows for o in options(r)]
+
+    def say(options):
+        return [dict(r, answer=o) for r in rows for o in options(r)]
+
     right, wrong = say(lambda r: r["answers"]), say(lambda r: r["distractors"])
     for rule in LABEL_RULES:
         assert set(label_answers(right, rule=rule)[rule]) == {"right"}
@@ -704,7 +721,8 @@ def test_nonsense_names_row_and_judge(verdict, batched):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_judge_that_raises(tmp_path, batched):
-    "The row is named, the verdicts before it are kept, no triple is judged twice, and empty or refusing answers not at all."
+    """The row is named, the verdicts before it are kept, no triple is judged twice, and empty or refusing answers not
+    at all."""
     asked, violation_rate = [], [True]
 
     def judge(question, answer, references):
@@ -849,7 +867,7 @@ def test_judges_by_name(monkeypatch):
         return lambda question, answer, references: answer in references
 
     monkeypatch.setattr(labeling, "JUDGES", copy.copy(labeling.JUDGES))
-    assert register_judge("strict")(make) is make and list(labeling.JUDGES) == ["nli", "similarity", "strict"]
+    assert labeling.JUDGES.register("strict")(make) is make and list(labeling.JUDGES) == ["nli", "similarity", "strict"]
     found = label_answers(TABLE, rule="strict", depth=3)["strict"][:]
     assert found == ["right", "wrong", "empty", "wrong", "right", "refused", "wrong"]
     assert given_["options"] == dict(depth=3) and [row["answer"] for row in given_["rows"]] == [
@@ -858,7 +876,17 @@ def test_judges_by_name(monkeypatch):
     model = classifier(["entailment", "neutral", "contradiction"])
     by_name = label_answers(TABLE, rule="nli", model=model, tokenizer=letters())
     assert by_name["nli"][:] == label_answers(TABLE, rule=nli_judge(model, letters()))["nli"][:]
-    with pytest.raises(ValueError, match="known are alias, .*, choice, nli, similarity, strict, or give a judge"):
+
+    @register_judge("short")
+    def short(question, answer, references):
+        return len(answer) < 2
+
+    assert label_answers(TABLE[:4], rule="short")["short"][:] == ["right", "right", "empty", "right"]
+    with pytest.raises(ValueError, match="judge 'short' takes no options, and is given depth"):
+        label_answers(TABLE, rule="short", depth=3)
+    with pytest.raises(
+        ValueError, match="known are alias, .*, choice, nli, similarity, strict, short, or give a judge"
+    ):
         label_answers(TABLE, rule="nonesuch")
     for rule in ("alias", given_.get):
         with pytest.raises(ValueError, match="options of a judge are given, depth"):
@@ -929,7 +957,10 @@ def test_counts_add_up():
         and np.isnan(by.low.iloc[1])
     )
     paired = labelled(a=[R, R, W, W] * 20)  # two answers a question, always the same: as wide as 40 answers, not 80
-    width = lambda t: label_counts(t).eval("high - low").iloc[0]
+
+    def width(t):
+        return label_counts(t).eval("high - low").iloc[0]
+
     assert width(paired) / width(paired.assign(id=[f"q{i}" for i in range(80)])) == pytest.approx(2**0.5, rel=0.15)
 
 
