@@ -1,4 +1,4 @@
-"""Statistics of answers beside a plain double loop, and profiles on inputs whose truth is known."""
+"""Statistics of answers compared with a plain double loop, and profiles on inputs whose effect is known."""
 
 from types import SimpleNamespace
 
@@ -56,7 +56,8 @@ def answers_of(lengths=LENGTHS, seed: int = 0) -> Dataset:
 
 
 def same(a: AnswerStats, b: AnswerStats, rtol: float = 1e-4):
-    "The same answers in the same order. A value at a bin's edge may fall on either side when a matrix product rounds differently."
+    """The same answers in the same order. A value at a bin's edge may fall on either side when a matrix product
+    rounds differently."""
     assert (a.ids.tolist(), a.lengths.tolist(), a.tokens, a.sums.keys()) == (
         b.ids.tolist(),
         b.lengths.tolist(),
@@ -132,7 +133,8 @@ def test_padding_may_hold_anything(side):
 
 
 def test_answer_tokens_alone():
-    "Another prompt's tokens are not in the sums: a table model gives each token the same activations wherever it stands."
+    """Another prompt's tokens are not in the sums: a table model gives each token the same activations wherever it
+    stands."""
 
     class Table(torch.nn.Module):
         def __init__(self):
@@ -190,10 +192,10 @@ def test_nothing_is_left_behind():
 
 def test_half_precision():
     "A bfloat16 model's statistics are those of its float32 self to its rounding."
-    whole, half = (
+    full, half = (
         answer_stats(tiny("llama").to(dtype), pads(), answers_of()) for dtype in (torch.float32, torch.bfloat16)
     )
-    np.testing.assert_allclose(answer_variance(half, point="output"), answer_variance(whole, point="output"), rtol=0.1)
+    np.testing.assert_allclose(answer_variance(half, point="output"), answer_variance(full, point="output"), rtol=0.1)
     assert half.get("output", "sumsq").dtype == np.float64
 
 
@@ -267,6 +269,43 @@ def test_join_select_save_load(tmp_path):
         whole.save(tmp_path / "nonesuch" / "x")
 
 
+@pytest.mark.parametrize("spoil", [dict(count=0), dict(count=-3), dict(sumsq=-1.0)], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_sums_of_nothing_are_refused(tmp_path, spoil):
+    "A file whose counts are not above zero, or whose squares are below it, is damaged; nothing takes a root of it."
+    stats = answer_stats(tiny("llama"), pads(), answers_of())
+    labels = np.arange(len(stats)) % 2 == 0
+    ((quantity, value),) = spoil.items()
+    for name, t in stats.sums.items():
+        if name.endswith(f".{quantity}"):
+            t.fill_(value)
+    with pytest.raises(ValueError, match="no activation to compare"):
+        eavss(stats, labels)
+    stats.save(tmp_path / "spoilt")
+    with pytest.raises(ValueError, match="spoilt is damaged"):
+        AnswerStats.load(tmp_path / "spoilt")
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_answer_is_refused_without_a_warning():
+    none = answer_stats(tiny("llama"), pads(), answers_of()).select([])
+    with pytest.raises(ValueError, match="no activation to compare"):
+        answer_sparsity(none)
+    assert answer_variance(none).shape == (0, 4)
+
+
+def test_one_set_of_options():
+    "What one measure takes all take, and what none takes is refused."
+    stats, labels = null_stats(80, 0), np.arange(80) % 2 == 0
+    for measure in (hsav, hss, eavss, hallucination_profile):
+        for options in (dict(tau=0.3), dict(eps=0.25), dict(within="length"), dict(groups=range(80)), dict(mode="gap")):
+            assert len(measure(stats, labels, point="output", **options)) == 6
+        with pytest.raises(TypeError, match="taus"):
+            measure(stats, labels, point="output", taus=0.3)
+        with pytest.raises(ValueError, match="unknown mode 'mean'"):
+            measure(stats, labels, mode="mean")
+
+
 def test_storage_is_compact():
     stats = answer_stats(tiny("llama"), pads(), answers_of())
     assert 1000 * 30 * 2 * sum(t[0].nbytes for t in stats.sums.values()) / (5 * 2) < 80e6
@@ -299,7 +338,8 @@ def made(
 
 
 def null_stats(n: int, seed: int, n_layers: int = 6, per_question: int = 1, factor: float = 1.0) -> AnswerStats:
-    "Answers whose spread depends on the answer and its question, alike in neighbouring layers as in a real network, and on nothing else."
+    """Answers whose spread depends on the answer and its question, alike in neighbouring layers as in a real network,
+    and on nothing else."""
     rng = np.random.default_rng(seed)
     common = (
         rng.normal(0, 0.3, (n, 1))
@@ -340,7 +380,9 @@ def test_measures_by_their_definition(mode, threshold, coin):
         gap=(abs(v[0] - v[1]), abs(s[0] - s[1])),
         conditional=(v[0], s[0]),
     )[mode]
-    a, b, both = (measure(stats, coin, mode, "output", delta=delta, **threshold)[0] for measure in (hsav, hss, eavss))
+    a, b, both = (
+        measure(stats, coin, mode=mode, point="output", delta=delta, **threshold)[0] for measure in (hsav, hss, eavss)
+    )
     np.testing.assert_allclose(a, expected[0], rtol=1e-9)
     np.testing.assert_allclose(
         b, expected[1], rtol=1e-9 if "eps" in threshold else 0.03, atol=0 if "eps" in threshold else 0.01
@@ -361,11 +403,14 @@ def test_exchanging_the_groups_flips_the_sign(coin, within):
     np.testing.assert_allclose(a.p, b.p)
     np.testing.assert_allclose(a.low, -b.high, rtol=1e-9)
     for measure in (hsav, hss, eavss):
-        assert (measure(stats, coin, "gap", "output") == measure(stats, ~coin, "gap", "output")).all()
+        assert (
+            measure(stats, coin, mode="gap", point="output") == measure(stats, ~coin, mode="gap", point="output")
+        ).all()
 
 
 def test_activations_in_another_unit(coin):
-    "A power of two changes nothing, ten almost nothing: where the threshold lies in its bin. The variance does not know the difference."
+    """A power of two changes nothing, ten almost nothing: where the threshold lies in its bin. The variance does not
+    know the difference."""
     one, eight, ten = (null_stats(80, 0, factor=factor) for factor in (1, 8, 10))
     for measure in (hsav, hss, eavss):
         assert (measure(one, coin, point="output") == measure(eight, coin, point="output")).all()
@@ -388,7 +433,8 @@ def test_labels_in_words_and_what_is_left_out(coin):
 
 
 def test_edges_of_the_formula():
-    "One group constant, or never near zero: infinite, with the sign that says which; both: no difference. Never ranked."
+    """One group constant, or never near zero: infinite, with the sign that says which; both: no difference. Never
+    ranked."""
 
     def stats_of(h, f):
         return AnswerStats(
@@ -429,13 +475,13 @@ def test_edges_of_the_formula():
 # nulls
 
 
-def shuffles(stats: AnswerStats, deal, n: int = 200, **options) -> pd.DataFrame:
+def shuffles(stats: AnswerStats, permute, n: int = 200, **options) -> pd.DataFrame:
     "p (and the smallest q) of n profiles with labels that mean nothing."
     rows = []
     for seed in range(n):
         found = hallucination_profile(
             stats,
-            deal(np.random.default_rng(seed)),
+            permute(np.random.default_rng(seed)),
             point="output",
             n_permutations=199,
             n_resamples=0,
@@ -468,44 +514,45 @@ def mixed(rng):
 )
 def test_shuffled_labels_find_nothing(design):
     "p is uniform, and at q < .05 fewer than 5 % of the runs find anything."
-    stats, deal, options = {
+    stats, permute, options = {
         "unpaired": (null_stats(90, 1), by_answer, {}),
         "unpaired, length-matched": (null_stats(90, 1), by_answer, dict(within="length")),
         "samples of a question alike": (null_stats(90, 2, per_question=2), by_question, {}),
         "samples of a question mixed": (null_stats(90, 2, per_question=2), mixed, {}),
         "paired": (null_stats(90, 3, per_question=3), in_questions, dict(within="question")),
     }[design]
-    found = shuffles(stats, deal, **options)
+    found = shuffles(stats, permute, **options)
     for layer in (0, 3):
         assert sps.kstest(found[layer], "uniform").pvalue > 0.01
     assert (found.q < 0.05).mean() < 0.05
 
 
 def test_samples_taken_for_independent_answers_find_too_much():
-    "Why questions are dealt as blocks: without them, labels that mean nothing are found far too often."
+    "Why questions are permuted as blocks: without them, labels that mean nothing are found far too often."
     stats = null_stats(120, 2, per_question=6)
 
-    def deal(rng):
+    def permute(rng):
         return np.repeat(rng.permutation(np.arange(20) % 2 == 0), 6)
 
-    assert (shuffles(stats, deal, 100, groups=range(120))[0] < 0.05).mean() > 0.15
-    assert (shuffles(stats, deal, 100)[0] < 0.05).mean() < 0.1
+    assert (shuffles(stats, permute, 100, groups=range(120))[0] < 0.05).mean() > 0.15
+    assert (shuffles(stats, permute, 100)[0] < 0.05).mean() < 0.1
 
 
 @pytest.mark.parametrize("within", [None, "question", "length"])
-def test_deals_stay_within_the_design(within):
-    "Each stratum keeps its labels; answers of a question (in a stratum) keep theirs together, though not their order; much else moves."
+def test_permutations_stay_within_the_design(within):
+    """Each stratum keeps its labels; answers of a question (in a stratum) keep theirs together, though not their
+    order; much else moves."""
     rng = np.random.default_rng(0)
     ids, lengths, wrong = np.sort(rng.integers(0, 30, 100)), rng.integers(1, 4, 100), rng.random(100) < 0.4
     design = _Design(made(np.ones((100, 1)), lengths, rng, ids), wrong, within=within)
-    dealt, block = design.dealt(300, rng), design.strata * 1000 + design.questions
-    assert (np.sort(dealt, 1) == np.arange(len(design.rows))).all()
-    labels = design.wrong[dealt]
+    permuted, block = design.permuted(300, rng), design.strata * 1000 + design.questions
+    assert (np.sort(permuted, 1) == np.arange(len(design.rows))).all()
+    labels = design.wrong[permuted]
     for stratum in np.unique(design.strata):
         assert (labels[:, design.strata == stratum].sum(1) == design.wrong[design.strata == stratum].sum()).all()
     content = sorted(tuple(sorted(design.wrong[block == b])) for b in np.unique(block))
-    for deal in labels[:20]:
-        assert sorted(tuple(sorted(deal[block == b])) for b in np.unique(block)) == content
+    for permutation in labels[:20]:
+        assert sorted(tuple(sorted(permutation[block == b])) for b in np.unique(block)) == content
     assert len(np.unique(labels, axis=0)) > 290
     traded = np.mean([len(np.unique(labels[:, block == b].sum(1))) > 1 for b in np.unique(block)])
     assert traded == 0 if within == "question" else traded > 0.5
@@ -559,7 +606,8 @@ def test_intervals_cover_what_was_planted():
 
 
 def test_paired_effect_beneath_larger_differences_between_questions():
-    "Right and wrong samples of a question differ a little, questions a lot; wrong answers come more often from the loud ones."
+    """Right and wrong samples of a question differ a little, questions a lot; wrong answers come more often from the
+    loud ones."""
     rng = np.random.default_rng(0)
     question = np.repeat(rng.normal(0, 1, 60), 4)
     wrong = rng.random(240) < 1 / (1 + np.exp(-question))
@@ -584,7 +632,8 @@ def test_a_template_that_hallucinates_is_not_a_layer():
 
 
 def test_groups_are_respected():
-    "Each answer twice in its question: nothing is learnt, and the interval stays. Taken for new answers they would shrink it."
+    """Each answer twice in its question: nothing is learnt, and the interval stays. Taken for new answers they would
+    shrink it."""
     rng = np.random.default_rng(0)
     stats = made(np.exp(rng.normal(0, 0.3, (60, 3))), rng.integers(1, 6, 60), rng, ids=[f"q{i}" for i in range(60)])
     labels, options = rng.permutation(np.arange(60) % 2 == 0), dict(point="output", n_permutations=200)
@@ -741,7 +790,7 @@ def test_too_few():
     )
     with pytest.raises(ValueError, match="to 8 questions"):
         hallucination_profile(stats, np.arange(80) % 20 < 10, groups=np.arange(80) // 10, point="output")
-    with pytest.raises(ValueError, match="cannot be dealt out anew"):
+    with pytest.raises(ValueError, match="cannot be permuted in this design"):
         hallucination_profile(
             null_stats(90, 0),
             np.repeat([True, False], [60, 30]),

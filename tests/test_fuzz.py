@@ -1,4 +1,5 @@
-"""Hostile input, more than ten thousand pieces of it, the same in every run: a valid result, or one error that names the file; nothing hangs, is executed, or is written elsewhere."""
+"""Hostile input, more than ten thousand pieces of it, the same in every run: a valid result, or one error that names
+the file; nothing hangs, is executed, or is written elsewhere."""
 
 import json
 import os
@@ -41,6 +42,17 @@ def many(n: int):
     )
 
 
+def hostile(n: int, *drawn, **named):
+    "Two tests of one function: a quick one for every run, with one input of 25, and the long sweep (`…_all`, slow)."
+
+    def make(function):
+        sweep = pytest.mark.slow(many(n)(given(*drawn, **named)(function)))
+        function.__globals__[f"{function.__name__}_all"] = sweep
+        return many(max(5, n // 25))(given(*drawn, **named)(function))
+
+    return make
+
+
 WATCH = dict(folder=None, wrong=[])
 
 
@@ -79,7 +91,8 @@ def watched(folder: Path, test: str, seconds: int = 60):
 
 
 def clear(call, *named: str):
-    "The result, or None where there was a clear error: of a class that callers expect, with a text that names the file."
+    """The result, or None where there was a clear error: of a class that callers expect, with a text that names the
+    file."""
     try:
         return call()
     except TimeoutError:
@@ -189,9 +202,8 @@ FILES = {
 }
 
 
+@hostile(1050, drawn=st.data())
 @pytest.mark.parametrize("name", FILES)
-@many(1050)
-@given(drawn=st.data())
 def test_files_of_data(place, name, drawn):
     load, files, good = FILES[name]
     data = drawn.draw(files)
@@ -201,8 +213,8 @@ def test_files_of_data(place, name, drawn):
     assert found is None or good(found)
 
 
-@many(1500)
-@given(
+@hostile(
+    1500,
     files_of(WHOLE),
     st.sampled_from([None, "data"]),
     st.sampled_from([dict(question=str), dict(answers=list[str]), dict(label=int), dict(id=dict)]),
@@ -224,8 +236,7 @@ NUMBERS = st.lists(st.one_of(st.floats().map(repr), CELL), max_size=4).map(
 )
 
 
-@many(1000)
-@given(files_of(NUMBERS))
+@hostile(1000, files_of(NUMBERS))
 def test_tables_of_scores(place, data):
     with watched(place, "scores"):
         file = write(place, "scores.csv", data)
@@ -233,8 +244,7 @@ def test_tables_of_scores(place, data):
     assert found is None or found.index.tolist() == [0, 1, 2]
 
 
-@many(1000)
-@given(files_of(NUMBERS), st.sampled_from(["layer", ["set", "measure"]]))
+@hostile(1000, files_of(NUMBERS), st.sampled_from(["layer", ["set", "measure"]]))
 def test_cached_tables(place, data, index):
     with watched(place, "stored tables"):
         file = write(place, "stored.csv", data)
@@ -245,8 +255,9 @@ def test_cached_tables(place, data, index):
     assert file.read_bytes() == data
 
 
-@many(1000)
-@given(st.one_of(files_of(VALUE.map(json.dumps)), files_of(st.builds(lambda v: json.dumps(dict(settings=v)), VALUE))))
+@hostile(
+    1000, st.one_of(files_of(VALUE.map(json.dumps)), files_of(st.builds(lambda v: json.dumps(dict(settings=v)), VALUE)))
+)
 def test_notes_of_settings(place, data):
     "A folder is claimed only with the settings that its note holds."
     with watched(place, "settings"):
@@ -259,8 +270,7 @@ def test_notes_of_settings(place, data):
     assert file.read_bytes() == data and os.listdir(folder) == ["settings.json"]
 
 
-@many(500)
-@given(files_of(LINES))
+@hostile(500, files_of(LINES))
 def test_kept_answers(place, data):
     folder = place / "answers"
     with watched(place, "answers"):
@@ -312,8 +322,8 @@ HEADER = st.builds(
 )
 
 
-@many(1700)
-@given(
+@hostile(
+    1700,
     st.sampled_from([LayerStats, AnswerStats]),
     st.integers(0, 10**6),
     st.binary(max_size=3),
@@ -398,8 +408,7 @@ SPOILS = st.one_of(
 )
 
 
-@many(40)
-@given(SPOILS)
+@hostile(40, SPOILS)
 def test_model_folders(place, model_folder, spoil):
     folder = place / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -446,8 +455,7 @@ NAMES = st.one_of(
 )
 
 
-@many(600)
-@given(NAMES)
+@hostile(600, NAMES)
 def test_names_of_sets(place, name):
     with watched(place, "names"):
         for load in (load_questions, load_sentences, load_text):
@@ -455,16 +463,14 @@ def test_names_of_sets(place, name):
         clear(lambda: load_text("shakespeare", path=name))
 
 
-@many(60)
-@given(NAMES)
+@hostile(60, NAMES)
 def test_names_of_models(place, name):
     with watched(place, "names"):
         assert clear(lambda: load_model(name)) is None
 
 
-@many(200)
-@given(NAMES)
-def test_names_of_arms(place, name):
+@hostile(200, NAMES)
+def test_names_of_variants(place, name):
     "A name that would leave the folder is refused before anything is measured."
 
     def items(*args):
@@ -476,10 +482,16 @@ def test_names_of_arms(place, name):
     with watched(folder, "names"):
         clear(lambda: run_variants(LLAMA, Letters(), QUESTIONS, {name: None}, items, out=folder))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("avss_nb.sparsity._measure_items", items)
+            patch.setattr("avss_nb.allocation.measure_items", items)
             clear(lambda: measure_plans(LLAMA, Letters(), {name: None}, [], out=folder))
 
 
-def test_at_least_ten_thousand_inputs():
+def test_some_hundred_inputs():
     "Counted where they are given; the other tests of this file come first."
+    assert sum(INPUTS.values()) >= 400, INPUTS
+
+
+@pytest.mark.slow
+def test_at_least_ten_thousand_inputs():
+    "The long sweeps of this file come first."
     assert sum(INPUTS.values()) >= 10_000, INPUTS

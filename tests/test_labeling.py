@@ -1,5 +1,7 @@
-"""Answers that are the same in any batch, prompts with one first token, labels by rules and judges, and what is kept of a killed run."""
+"""Answers that are the same in any batch, prompts with one first token, labels by rules and judges, and what is kept
+of a killed run."""
 
+import copy
 import json
 import os
 import re
@@ -32,6 +34,8 @@ from avss_nb.labeling import (
     label_counts,
     nli_judge,
     normalize_answer,
+    register_judge,
+    register_rule,
     rouge_l,
     rule_agreement,
     rule_disagreements,
@@ -82,7 +86,8 @@ ASKED = questions("Who?", "Where was it, and when?", "Why not?", "How long is a 
 @pytest.mark.parametrize("skipped", [[], [0, 3]], ids=str)
 @pytest.mark.parametrize("family", CAUSAL)
 def test_batched_is_unbatched(family, skipped):
-    "In every family, greedy and drawn; greedy is what transformers' own `generate` says, and the numbers are those of one pass over the whole row."
+    """In every family, greedy and drawn; greedy is what transformers' own `generate` says, and the numbers are those
+    of one pass over the whole row."""
     model, tokenizer = tiny(family, bos_token_id=BOS, eos_token_id=EOS), letters()
     options = dict(n_samples=2, template="Q{question}A", max_new_tokens=7, stop=("zz",))
     with skip_layers(model, skipped):
@@ -143,12 +148,15 @@ def test_a_prompt_is_read_once_and_who_has_ended_leaves(monkeypatch):
 
 def test_samples_depend_on_seed_question_and_number_alone():
     model, tokenizer = tiny("llama"), letters()
-    drawn = lambda asked, **options: {
-        (r["id"], r["sample"]): r["answer_tokens"]
-        for r in generate_answers(
-            model, tokenizer, asked, **(dict(n_samples=3, max_new_tokens=9, temperature=2.0) | options)
-        )
-    }
+
+    def drawn(asked, **options):
+        return {
+            (r["id"], r["sample"]): r["answer_tokens"]
+            for r in generate_answers(
+                model, tokenizer, asked, **(dict(n_samples=3, max_new_tokens=9, temperature=2.0) | options)
+            )
+        }
+
     all_of_them = drawn(ASKED)
     assert drawn(ASKED[::-1]) == all_of_them and drawn(ASKED, batch_size=1) == all_of_them
     assert drawn(ASKED[1:3], n_samples=2).items() <= all_of_them.items()  # fewer questions, fewer samples
@@ -212,7 +220,10 @@ def test_where_an_answer_ends(monkeypatch, said, answer, before):
 def test_stops_are_the_callers(monkeypatch):
     script(monkeypatch, {"ZZ": "one. two\nthree"})
     asked = questions("ZZ")
-    end = lambda **options: generate_answers(tiny("llama"), letters(template=CHAT), asked, **options)[0]["answer"]
+
+    def end(**options):
+        return generate_answers(tiny("llama"), letters(template=CHAT), asked, **options)[0]["answer"]
+
     assert [end(stop="."), end(stop=()), end(stop=("two", "ne")), end(max_new_tokens=2), end(style="chat")] == [
         "one",
         "one. two\nthree",
@@ -345,7 +356,10 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
 
 def test_damaged_files_are_named(tmp_path):
     model, tokenizer = tiny("llama"), letters()
-    make = lambda: generate_answers(model, tokenizer, ASKED, max_new_tokens=2, out=tmp_path)
+
+    def make():
+        return generate_answers(model, tokenizer, ASKED, max_new_tokens=2, out=tmp_path)
+
     make()
     (tmp_path / "00000.jsonl").write_text('{"id": ')
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / '00000.jsonl'} is damaged: delete it")):
@@ -363,7 +377,7 @@ def test_damaged_files_are_named(tmp_path):
     [
         (dict(questions=[]), "no row"),
         (dict(questions=questions("a", " ")), "'q1' is empty"),
-        (dict(questions=[ASKED[0]] * 2), "'q0' stands twice"),
+        (dict(questions=[ASKED[0]] * 2), "'q0' occurs twice"),
         (dict(n_samples=-1), "n_samples is at least 0"),
         (dict(max_new_tokens=0), "max_new_tokens at least 1"),
         (dict(style="chat"), "no chat template"),
@@ -442,12 +456,12 @@ def test_normalising_twice_changes_nothing(text, style):
 
 @given(PLAIN, PLAIN)
 @settings(deadline=None, max_examples=400)
-def test_squad_as_others_wrote_it(said, gold):
+def test_squad_as_others_wrote_it(said, reference):
     "Against lm-eval's copy of the official SQuAD v1.1 script."
     from lm_eval.tasks.qasper.metrics import f1_abstractive, normalize_answer as official
 
     assert normalize_answer(said) == official(said)
-    assert token_f1(said, gold) == pytest.approx(f1_abstractive([said], [gold]))
+    assert token_f1(said, reference) == pytest.approx(f1_abstractive([said], [reference]))
 
 
 @given(
@@ -455,12 +469,12 @@ def test_squad_as_others_wrote_it(said, gold):
     st.text(string.ascii_letters + " ", max_size=12),
 )
 @settings(deadline=None, max_examples=300)
-def test_rouge_as_others_wrote_it(said, gold):
+def test_rouge_as_others_wrote_it(said, reference):
     "On a–z and 0–9 our words are rouge_score's own."
     from rouge_score.rouge_scorer import RougeScorer
 
-    for prediction in (said, f"{gold} {said}", gold[::-1]):
-        assert rouge_l(prediction, gold) == RougeScorer(["rougeL"]).score(gold, prediction)["rougeL"].fmeasure
+    for prediction in (said, f"{reference} {said}", reference[::-1]):
+        assert rouge_l(prediction, reference) == RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
 
 
 @given(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.sampled_from(STYLES))
@@ -540,23 +554,25 @@ def test_refusals(rule):
 
 
 @pytest.mark.parametrize("rule", LABEL_RULES)
-@pytest.mark.parametrize("gold", ["A", "the", "...", ""])
-def test_a_gold_that_is_nothing_matches_nothing_else(rule, gold):
-    assert labels(rule, "Mark Twain", [gold]) == "wrong" == labels(rule, "an", [gold])
-    assert labels(rule, "a Twain", [gold, "Twain"]) == "right"
+@pytest.mark.parametrize("reference", ["A", "the", "...", ""])
+def test_a_reference_that_is_nothing_matches_nothing_else(rule, reference):
+    assert labels(rule, "Mark Twain", [reference]) == "wrong" == labels(rule, "an", [reference])
+    assert labels(rule, "a Twain", [reference, "Twain"]) == "right"
 
 
 @pytest.mark.parametrize("rule", ["alias", "choice"])
 def test_the_questions_own_words_prove_nothing(rule):
-    say = lambda answer, references, question="What is the capital of Peru?": label_answers(
-        [dict(id="a", question=question, answers=references, distractors=["Quito"], answer=answer)], rule=rule
-    )[rule][0]
+    def say(answer, references, question="What is the capital of Peru?"):
+        return label_answers(
+            [dict(id="a", question=question, answers=references, distractors=["Quito"], answer=answer)], rule=rule
+        )[rule][0]
+
     references = ["Lima", "Capital of Peru"]
     assert (
         say("The capital of Peru is Cusco.", references) == "wrong"
         and say("The capital of Peru is Lima.", references) == say("capital of Peru!", references) == "right"
     )
-    assert say("The Sun is", ["Sun"], "Which is larger, the Sun or the Moon?") == "right"  # there is no other gold
+    assert say("The Sun is", ["Sun"], "Which is larger, the Sun or the Moon?") == "right"  # there is no other reference
 
 
 @pytest.mark.parametrize(
@@ -633,7 +649,7 @@ def test_a_plain_table_is_enough():
         (dict(answers=[["x"], [3]]), "row 1"),
     ],
 )
-def test_bad_golds_name_the_row(change, error):
+def test_bad_references_name_the_row(change, error):
     with pytest.raises(ValueError, match=error):
         label_answers(pd.DataFrame(dict(id=["a", "b"], question=["?", "!"], answer=["x", "y"]) | change))
 
@@ -648,9 +664,13 @@ def test_a_missing_column_is_named(missing):
 
 @pytest.mark.skipif(not os.environ.get("AVSS_NB_DATA"), reason="AVSS_NB_DATA names no folder with the benchmark files")
 def test_options_of_sciq():
-    "Each right option said alone is right by every rule; a distractor said alone is wrong by all but a few containments and overlaps."
+    """Each right option said alone is right by every rule; a distractor said alone is wrong by all but a few
+    containments and overlaps."""
     rows = load_questions("sciq")
-    say = lambda options: [dict(r, answer=o) for r in rows for o in options(r)]
+
+    def say(options):
+        return [dict(r, answer=o) for r in rows for o in options(r)]
+
     right, wrong = say(lambda r: r["answers"]), say(lambda r: r["distractors"])
     for rule in LABEL_RULES:
         assert set(label_answers(right, rule=rule)[rule]) == {"right"}
@@ -701,7 +721,8 @@ def test_nonsense_names_row_and_judge(verdict, batched):
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_judge_that_raises(tmp_path, batched):
-    "The row is named, the verdicts before it are kept, no triple is judged twice, and empty or refusing answers not at all."
+    """The row is named, the verdicts before it are kept, no triple is judged twice, and empty or refusing answers not
+    at all."""
     asked, violation_rate = [], [True]
 
     def judge(question, answer, references):
@@ -837,6 +858,59 @@ def test_a_model_that_gives_nan_or_is_no_classifier():
         label_answers(TABLE, rule=nli_judge(tiny("bert"), letters(), entailment=0))
 
 
+def test_judges_by_name(monkeypatch):
+    "A maker gets the rows, and options; a name that is neither rule nor judge is refused, and so are options of none."
+    given_ = {}
+
+    def make(rows, **options):
+        given_.update(rows=rows, options=options)
+        return lambda question, answer, references: answer in references
+
+    monkeypatch.setattr(labeling, "JUDGES", copy.copy(labeling.JUDGES))
+    assert labeling.JUDGES.register("strict")(make) is make and list(labeling.JUDGES) == ["nli", "similarity", "strict"]
+    found = label_answers(TABLE, rule="strict", depth=3)["strict"][:]
+    assert found == ["right", "wrong", "empty", "wrong", "right", "refused", "wrong"]
+    assert given_["options"] == dict(depth=3) and [row["answer"] for row in given_["rows"]] == [
+        row["answer"] for row in TABLE
+    ]
+    model = classifier(["entailment", "neutral", "contradiction"])
+    by_name = label_answers(TABLE, rule="nli", model=model, tokenizer=letters())
+    assert by_name["nli"][:] == label_answers(TABLE, rule=nli_judge(model, letters()))["nli"][:]
+
+    @register_judge("short")
+    def short(question, answer, references):
+        return len(answer) < 2
+
+    assert label_answers(TABLE[:4], rule="short")["short"][:] == ["right", "right", "empty", "right"]
+    with pytest.raises(ValueError, match="judge 'short' takes no options, and is given depth"):
+        label_answers(TABLE, rule="short", depth=3)
+    with pytest.raises(
+        ValueError, match="known are alias, .*, choice, nli, similarity, strict, short, or give a judge"
+    ):
+        label_answers(TABLE, rule="nonesuch")
+    for rule in ("alias", given_.get):
+        with pytest.raises(ValueError, match="options of a judge are given, depth"):
+            label_answers(TABLE, rule=rule, depth=3)
+
+
+def test_a_rule_of_ones_own(monkeypatch):
+    monkeypatch.setattr(labeling, "LABEL_RULES", copy.copy(labeling.LABEL_RULES))
+
+    @register_rule("shouted")
+    def shouted(answer, references, distractors, style):
+        return answer.isupper() and answer.lower() in references
+
+    assert labels("shouted", "LIMA", ["lima"]) == "right" and labels("shouted", "LIMA?", ["lima"]) == "wrong"
+    assert labels("shouted", "", ["lima"]) == "empty" and "shouted" not in LABEL_RULES
+
+
+def test_a_judge_does_not_train():
+    "A model that is left in training mode judges as in evaluation, and is given back as it was."
+    model = classifier(["entailment", "neutral", "contradiction"])
+    wanted = nli_judge(model, letters())("Who?", "answer", ["some gold"])
+    assert nli_judge(model.train(), letters())("Who?", "answer", ["some gold"]) == wanted and model.training
+
+
 # ---- tables
 
 
@@ -883,7 +957,10 @@ def test_counts_add_up():
         and np.isnan(by.low.iloc[1])
     )
     paired = labelled(a=[R, R, W, W] * 20)  # two answers a question, always the same: as wide as 40 answers, not 80
-    width = lambda t: label_counts(t).eval("high - low").iloc[0]
+
+    def width(t):
+        return label_counts(t).eval("high - low").iloc[0]
+
     assert width(paired) / width(paired.assign(id=[f"q{i}" for i in range(80)])) == pytest.approx(2**0.5, rel=0.15)
 
 
@@ -901,7 +978,7 @@ def test_quality_is_scikit_learns(pairs):
             if not np.isnan(quality[name]):
                 assert quality[f"{name}_low"] <= quality[name] <= quality[f"{name}_high"]
     with pytest.raises(ValueError, match="no trusted labels 'truth'"):
-        rule_quality(table, truth="truth")
+        rule_quality(table, trusted="truth")
 
 
 @pytest.mark.skipif(not os.environ.get("AVSS_NB_DATA"), reason="needs the benchmark sets (AVSS_NB_DATA)")
