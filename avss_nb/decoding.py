@@ -39,30 +39,35 @@ def contrast(
     outside: float = -math.inf,  # score of the others; −1000 in the authors' code
 ) -> torch.Tensor:  # (..., V) scores, nats, not normalised
     "log p − log q within the plausible set (DoLa, arXiv 2309.03883, equations 2 and 5)."
-    limit = final.max(-1, keepdim=True).values + (math.log(alpha) if alpha else -math.inf)
+    log_alpha = math.log(alpha) if alpha else -math.inf
+    limit = final.max(-1, keepdim=True).values + log_alpha
     return torch.where(final >= limit, final - premature, outside)
 
 # %% ../nbs/35_decoding.ipynb #aa6fb15b
+def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    "(...) nats, of (..., V)."
+    return torch.special.entr(probabilities).sum(-1)
+
+
 def jensen_shannon(
     logp: torch.Tensor,  # (..., V) log-probabilities, nats
     logq: torch.Tensor,  # the same of the other distribution
 ) -> torch.Tensor:  # (...) nats, 0 to log 2
     "Jensen–Shannon divergence H((p + q)/2) − (H(p) + H(q))/2 (Lin, 1991), as DoLa's distance."
     p, q = logp.exp(), logq.exp()
-    entropy = lambda x: torch.special.entr(x).sum(-1)
-    return (entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).clamp_min(0)
+    return (_entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2).clamp_min(0)
 
-
+# %% ../nbs/35_decoding.ipynb #e35far
 def _furthest(final: torch.Tensor, exits: Iterable[torch.Tensor]) -> torch.Tensor:
     "Of several distributions (..., V) the one furthest from `final` at each position; the first among equals."
-    exits = iter(exits)
-    best = next(exits)
-    distance = None
-    for exit in exits:
-        if distance is None:
+    candidates = iter(exits)
+    best, distance = next(candidates), None
+    for candidate in candidates:
+        if distance is None:  # a single candidate needs no distance
             distance = jensen_shannon(final, best)
-        new = jensen_shannon(final, exit)
-        best, distance = torch.where((new > distance)[..., None], exit, best), torch.maximum(new, distance)
+        other = jensen_shannon(final, candidate)
+        best = torch.where((other > distance)[..., None], candidate, best)
+        distance = torch.maximum(other, distance)
     return best
 
 # %% ../nbs/35_decoding.ipynb #82e8e9ee
@@ -77,24 +82,29 @@ def exit_logits(
 
 # %% ../nbs/35_decoding.ipynb #60863d76
 def _premature(model: nn.Module, layers: int | Iterable[int]) -> list[int]:
-    "The layers to contrast with; ValueError for none, the last alone, one out of range, a repeat or a half."
+    "The layers to contrast with; ValueError for none, the last alone, one out of range, a repeat or a sublayer."
     n = len(blocks(model))
-    layers = check_layers([layers] if isinstance(layers, int) else layers, n, every=True)
-    if not layers:
+    chosen = check_layers([layers] if isinstance(layers, int) else layers, n, every=True)
+    if not chosen:
         raise ValueError(f"there is no layer to contrast with: name blocks of 0 to {n - 2}")
-    if split_half := [l for l in layers if isinstance(l, str)]:
-        raise ValueError(f"whole blocks are contrasted, not {split_half[0]!r}")
-    if layers == [n - 1]:
+    for layer in chosen:
+        if isinstance(layer, str):
+            raise ValueError(f"whole blocks are contrasted, not {layer!r}")
+    if chosen == [n - 1]:
         raise ValueError(
             f"block {n - 1} is the last one: contrasted with itself it prefers nothing; name an earlier one"
         )
-    return [int(l) for l in layers]
+    return [int(layer) for layer in chosen]
 
-
+# %% ../nbs/35_decoding.ipynb #e35pen
 def _penalized(
-    scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None, at: torch.Tensor, penalty: float
-) -> torch.Tensor:
-    "(B, K, V): the scores at the positions `at`, less for tokens that were read up to there (CTRL's repetition penalty, as in transformers)."
+    scores: torch.Tensor,  # (B, K, V)
+    ids: torch.Tensor,  # (B, T)
+    mask: torch.Tensor | None,  # (B, T), 1: a token of the text
+    at: torch.Tensor,  # (K,) the positions of the scores
+    penalty: float,
+) -> torch.Tensor:  # (B, K, V)
+    "Scores lowered for tokens that were read up to each position (CTRL's repetition penalty, as in transformers)."
     worse = torch.where(scores > 0, scores / penalty, scores * penalty)
     mask = torch.ones_like(ids) if mask is None else mask.to(ids)
     seen = torch.zeros_like(scores, dtype=torch.int64)
@@ -102,68 +112,88 @@ def _penalized(
         seen[:, k].scatter_reduce_(1, ids[:, : last + 1], mask[:, : last + 1], "amax")
     return torch.where(seen > 0, worse, scores)
 
+# %% ../nbs/35_decoding.ipynb #e35exits
+_AT_ONCE = 256  # positions that the head reads at once
 
-class _Contrast:
-    "A forward hook that puts contrasted scores in the place of a model's logits."
 
-    def __init__(self, model, layers, alpha, penalty, outside):
-        self.layers, self.last, self.alpha, self.penalty, self.outside = (
-            layers,
-            len(blocks(model)) - 1,
-            alpha,
-            penalty,
-            outside,
-        )
-        self.states, self.checked = {}, False
+class _Exits:
+    "Keeps the states of some layers and of the last one while a model runs, and reads them out."
+
+    def __init__(self, model: nn.Module, layers: list[int]):
+        self.layers, self.last = layers, len(blocks(model)) - 1
+        self.states: dict[int, torch.Tensor] = {}
 
     def keep(self, layer: int, point: str, state: torch.Tensor):
+        "For `read_activations`."
         if layer in self.layers or layer == self.last:
             self.states[layer] = state
 
-    def exits(self, model, layers: Iterable[int], kept) -> Iterator[torch.Tensor]:
-        "Log-probabilities (B, K, V) after each layer; as many layers at once as are `_AT_ONCE` positions, since a head multiplies many rows faster."
-        states = [self.states[l][:, kept] for l in layers]
+    def exits(self, model: nn.Module, layers: Iterable[int], kept) -> Iterator[torch.Tensor]:
+        "Log-probabilities (B, K, V) after each layer; several at once, since a head multiplies many rows faster."
+        states = [self.states[layer][:, kept] for layer in layers]
         n = max(1, _AT_ONCE // max(1, states[0].shape[:2].numel()))
-        for part in (states[i : i + n] for i in range(0, len(states), n)):
-            yield from exit_logits(model, torch.cat(part)).float().log_softmax(-1).chunk(len(part))
+        for start in range(0, len(states), n):
+            part = states[start : start + n]
+            logits = exit_logits(model, torch.cat(part)).float()
+            yield from logits.log_softmax(-1).chunk(len(part))
 
-    def check(self, model, final: torch.Tensor, kept):
-        "Once: what is read out after the last block is what the model says."
-        if not self.checked and not torch.allclose(*self.exits(model, [self.last], kept), final, rtol=0.01, atol=0.05):
+# %% ../nbs/35_decoding.ipynb #e35checked
+class _CheckedExits(_Exits):
+    "… once it is clear that the model can be read out."
+
+    checked = False
+
+    def check(self, model: nn.Module, final: torch.Tensor, kept):
+        "Once: ValueError unless what is read out after the last block is what the model says."
+        if self.checked:
+            return
+        (read,) = self.exits(model, [self.last], kept)
+        if not torch.allclose(read, final, rtol=0.01, atol=0.05):
             raise ValueError(
-                f"{type(model).__name__} cannot be read out of an earlier block: its logits are not what norm and head make of the last one"
+                f"{type(model).__name__} cannot be read out of an earlier block: "
+                "its logits are not what norm and head make of the last one"
             )
         self.checked = True
 
-    def __call__(self, model, args, kwargs, out):
+# %% ../nbs/35_decoding.ipynb #e35cache
+_CACHES = ("past_key_values", "cache", "cache_params")
+
+
+def _penalized_output(scores: torch.Tensor, args: tuple, kwargs: dict, out, kept, penalty: float) -> torch.Tensor:
+    "Penalized scores of a forward pass, whose output loses its cache; ValueError where it was given one."
+    if any(kwargs.get(name) is not None for name in _CACHES):
+        raise ValueError("a repetition penalty needs the whole text at each step: use_cache=False")
+    for name in _CACHES:
+        if name in out.keys():
+            out[name] = None
+    ids = args[0] if args else kwargs["input_ids"]
+    return _penalized(scores, ids, kwargs.get("attention_mask"), torch.arange(ids.shape[1])[kept], penalty)
+
+# %% ../nbs/35_decoding.ipynb #e35hook
+class _Contrast(_CheckedExits):
+    "… and, as a forward hook, puts contrasted scores in the place of the model's logits."
+
+    def __init__(self, model: nn.Module, layers: list[int], alpha: float, penalty: float, outside: float):
+        super().__init__(model, layers)
+        self.alpha, self.penalty, self.outside = alpha, penalty, outside
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict, out):
         kept = kwargs.get("logits_to_keep", 0)
         kept = slice(-kept, None) if isinstance(kept, int) else kept
         final = out.logits.float().log_softmax(-1)
         self.check(model, final, kept)
-        scores = contrast(
-            final, _furthest(final, self.exits(model, self.layers, kept)), alpha=self.alpha, outside=self.outside
-        )
+        premature = _furthest(final, self.exits(model, self.layers, kept))
+        scores = contrast(final, premature, alpha=self.alpha, outside=self.outside)
         if self.penalty != 1:
-            scores = self.penalize(scores, args, kwargs, out, kept)
+            scores = _penalized_output(scores, args, kwargs, out, kept, self.penalty)
         self.states.clear()
         out.logits = scores
         return out
 
-
-def _penalize(self: _Contrast, scores, args, kwargs, out, kept):
-    ids = args[0] if args else kwargs["input_ids"]
-    if any(kwargs.get(name) is not None for name in _CACHES):
-        raise ValueError("a repetition penalty needs the whole text at each step: use_cache=False")
-    for name in [name for name in _CACHES if name in out.keys()]:
-        out[name] = None
-    return _penalized(scores, ids, kwargs.get("attention_mask"), torch.arange(ids.shape[1])[kept], self.penalty)
-
-
-_Contrast.penalize, _CACHES, _AT_ONCE = _penalize, ("past_key_values", "cache", "cache_params"), 256
-
-# %% ../nbs/35_decoding.ipynb #c70c4b7a
+# %% ../nbs/35_decoding.ipynb #e35with
 @contextmanager
 def _contrasted(model: nn.Module, hook: _Contrast):
+    "Inside, the hook reads the blocks and replaces the logits; afterwards no hook is left, whatever happens."
     with read_activations(model, ["output"], hook.keep):
         handle = model.register_forward_hook(hook, with_kwargs=True)
         try:
@@ -172,26 +202,26 @@ def _contrasted(model: nn.Module, hook: _Contrast):
             handle.remove()
             hook.states.clear()
 
-
+# %% ../nbs/35_decoding.ipynb #c70c4b7a
 def dola(
     model: nn.Module,  # a causal language model
     layers: int
-    | Iterable[int],  # blocks from 0: one (static), or candidates of which each position takes the furthest (dynamic)
+    | Iterable[int],  # blocks from 0: one (static), or candidates; each position takes the furthest (dynamic)
     *,
     alpha: float = 0.1,  # plausible: p ≥ alpha·max p; 0: every token
     repetition_penalty: float = 1.0,  # 1: none; the paper 1.2
     outside: float = -math.inf,  # score of tokens that are not plausible
 ):
-    """Context manager: inside, the model's logits are log p − log q of its last and an earlier block (DoLa, arXiv 2309.03883). ValueError for layers,
-    settings or a model that cannot be contrasted."""
+    """Context manager: inside, the model's logits are log p − log q of its last and an earlier block (DoLa, arXiv
+    2309.03883). ValueError for layers, settings or a model that cannot be contrasted."""
     if not is_causal(model) or model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is no causal decoder: no layers to contrast")
-    layers = _premature(model, layers)
+    chosen = _premature(model, layers)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha lies between 0 and 1, not {alpha}")
     if not repetition_penalty > 0:
         raise ValueError(f"repetition_penalty is above 0 (1: none), not {repetition_penalty}")
-    return _contrasted(model, _Contrast(model, layers, alpha, repetition_penalty, outside))
+    return _contrasted(model, _Contrast(model, chosen, alpha, repetition_penalty, outside))
 
 # %% ../nbs/35_decoding.ipynb #23ee0236
 def dola_generate(
@@ -202,23 +232,23 @@ def dola_generate(
     *,
     alpha: float = 0.1,
     repetition_penalty: float = 1.0,
-    out: str | Path | None = None,  # a folder to keep answers in, and to go on from
+    out: str | Path | None = None,  # a folder to keep answers in, and to resume from
     **options,  # of `generate_answers`
 ) -> Dataset:  # as `generate_answers`; `logprobs, entropies` (nats) are those of the contrasted distribution
     "Answers by layer contrast (DoLa, arXiv 2309.03883); errors as in `dola` and `generate_answers`."
     with dola(model, layers, alpha=alpha, repetition_penalty=repetition_penalty):
         settings = dict(layers=_premature(model, layers), alpha=alpha, repetition_penalty=repetition_penalty)
-        return generate_answers(
-            model, tokenizer, questions, out=out and RunDirectory.open(out, settings).folder / "answers", **options
-        )
+        folder = RunDirectory.open(out, settings).folder / "answers" if out else None
+        return generate_answers(model, tokenizer, questions, out=folder, **options)
 
-
+# %% ../nbs/35_decoding.ipynb #e35cand
 def contrast_candidates(
     n_layers: int,
     bucket: str,  # "low" or "high"
 ) -> list[int]:  # blocks from 0
-    """DoLa's candidates: the states after an even number of blocks in the lower or the upper half (beyond 40 blocks: the first or last 20),
-    without the embedding, as transformers has them for a tied head. ValueError for another bucket, or too few layers."""
+    """DoLa's candidates: the states after an even number of blocks in the lower or the upper half (beyond 40 blocks:
+    the first or last 20), without the embedding, as transformers has them for a tied head. ValueError for another
+    bucket, or too few layers."""
     if bucket not in ("low", "high"):
         raise ValueError(f"bucket is 'low' or 'high', not {bucket!r}")
     low, high = min(n_layers // 2, 20), max(n_layers // 2, n_layers - 20)
@@ -226,6 +256,31 @@ def contrast_candidates(
     if not passed:
         raise ValueError(f"{n_layers} layers have no candidate in the {bucket} half")
     return [n - 1 for n in passed]
+
+# %% ../nbs/35_decoding.ipynb #e35mean
+def _mean_and_interval(data: pd.Series, names: tuple, level: float, n_resamples: int, seed: int) -> dict[str, float]:
+    "The mean over questions and the ends of its interval, under these three names."
+    ends = bootstrap_interval((data.to_numpy(),), _mean, level, n_resamples, seed)
+    return dict(zip(names, (data.mean(), *ends)))
+
+
+def _mean(data: np.ndarray, axis: int = -1) -> np.ndarray:
+    "The statistic of the bootstrap."
+    return data.mean(axis)
+
+
+def _checked_values(values: pd.DataFrame, against: str) -> pd.DataFrame:
+    "The values as floats; ValueError for a missing column or number, or fewer than two questions."
+    if against not in values:
+        raise ValueError(f"there is no column {against!r} to compare with: there are {', '.join(map(str, values))}")
+    x = values.astype(float)
+    if len(x) < 2:
+        raise ValueError(f"an interval over questions needs two of them or more, not {len(x)}")
+    for name in x:
+        missing = x.index[~np.isfinite(x[name])]
+        if len(missing):
+            raise ValueError(f"column {name!r} has no number for question {missing[0]!r}")
+    return x
 
 # %% ../nbs/35_decoding.ipynb #0c1b5156
 def gain_table(
@@ -236,21 +291,14 @@ def gain_table(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> pd.DataFrame:  # one row per way: `value, low, high`, and `gain, gain_low, gain_high` over the other
-    "Means over questions and paired differences, with percentile intervals by the bootstrap over questions. ValueError for a missing column or number."
-    if against not in values:
-        raise ValueError(f"there is no column {against!r} to compare with: there are {', '.join(map(str, values))}")
-    x, rows = values.astype(float), {}
-    if len(x) < 2:
-        raise ValueError(f"an interval over questions needs two of them or more, not {len(x)}")
-    if (bad := x.columns[~np.isfinite(x).all()]).size:
-        raise ValueError(f"column {bad[0]!r} has no number for question {x.index[~np.isfinite(x[bad[0]])][0]!r}")
-    mean = lambda data, axis=-1: data.mean(axis)
+    """Means over questions and paired differences, with percentile intervals by the bootstrap over questions.
+    ValueError for a missing column or number."""
+    x, rows = _checked_values(values, against), {}
+    how: dict = dict(level=level, n_resamples=n_resamples, seed=seed)
     for name in x:
-        for what, data in (("value", x[name]), ("gain", x[name] - x[against])):
-            ends = bootstrap_interval((data.to_numpy(),), mean, level, n_resamples, seed)
-            rows.setdefault(name, {}).update(
-                zip((what, "low", "high") if what == "value" else (what, "gain_low", "gain_high"), (data.mean(), *ends))
-            )
+        value = _mean_and_interval(x[name], ("value", "low", "high"), **how)
+        gain = _mean_and_interval(x[name] - x[against], ("gain", "gain_low", "gain_high"), **how)
+        rows[name] = value | gain
     return pd.DataFrame(rows).T
 
 # %% ../nbs/35_decoding.ipynb #95568ff1
@@ -258,42 +306,37 @@ def rerank(
     answers: Dataset | pd.DataFrame,  # `id` and whatever else, one row per answer
     scores: Iterable[float],  # of each answer; higher = more uncertain
 ) -> Dataset:  # one row per question, in the order of their first answers; all columns
-    """The least uncertain answer of each question, the first among equals. ValueError where there is not a score for each answer,
-    FloatingPointError naming the first answer without a finite one."""
-    ids, scores = answer_table(answers, ("id",)).id, np.asarray(list(scores), float)
+    """The least uncertain answer of each question, the first among equals. ValueError where there is not a score for
+    each answer, FloatingPointError naming the first answer without a finite one."""
+    ids, values = answer_table(answers, ("id",)).id, list(scores)
     if not len(ids):
         raise ValueError("there is no answer to choose from")
-    if len(scores) != len(ids):
-        raise ValueError(f"{len(ids)} answers, and {len(scores)} scores: give one for each answer")
-    rows = pd.Series(check_scores("scores", scores)).groupby(ids.to_numpy(), sort=False).idxmin().tolist()
-    return (
-        answers.select(rows)
-        if isinstance(answers, Dataset)
-        else Dataset.from_pandas(answers.iloc[rows], preserve_index=False)
-    )
+    if len(values) != len(ids):
+        raise ValueError(f"{len(ids)} answers, and {len(values)} scores: give one for each answer")
+    least = pd.Series(check_scores("scores", values)).groupby(ids.to_numpy(), sort=False).idxmin()
+    rows = least.tolist()
+    if isinstance(answers, Dataset):
+        return answers.select(rows)
+    return Dataset.from_pandas(answers.iloc[rows], preserve_index=False)
 
-
+# %% ../nbs/35_decoding.ipynb #e35major
 def majority_vote(
     answers: Dataset | pd.DataFrame,  # `id, answer`, one row per answer
     *,
     normalize: Callable[[str], str] = normalize_answer,  # answers equal under it say the same
 ) -> pd.Series:  # one row per answer, −1 to 0
-    "Minus the share of a question's answers that say the same, as a suspicion for `rerank` (self-consistency, arXiv 2203.11171)."
+    """Minus the share of a question's answers that say the same, as an uncertainty for `rerank` (self-consistency,
+    arXiv 2203.11171)."""
     table = answer_table(answers, ("id", "answer"))
-    said = (
-        table.assign(answer=table.answer.map(normalize)).groupby(["id", "answer"], sort=False).answer.transform("size")
-    )
-    return (-said / table.groupby("id", sort=False).id.transform("size")).astype(float).rename("majority")
+    table["answer"] = table.answer.map(normalize)
+    equal = table.groupby(["id", "answer"], sort=False).answer.transform("size")
+    of_question = table.groupby("id", sort=False).id.transform("size")
+    return (-equal / of_question).astype(float).rename("majority")
 
 # %% ../nbs/35_decoding.ipynb #ea2b4769
-def _upper(wrong: int, n: int, confidence: float) -> float:
-    "Clopper–Pearson's one-sided upper bound of a share; 1 where all are wrong, or there is none."
-    return 1.0 if wrong == n else float(sps.beta.ppf(confidence, wrong + 1, n - wrong))
-
-
 @dataclass(frozen=True)
 class Abstention:
-    "A threshold and what is known of it: an answer is given where its suspicion is below. Called with scores it says which are."
+    "A threshold and what is known of it. Called with scores it says which answers are given: those below it."
 
     threshold: float  # −inf: nothing is ever given; inf: everything
     coverage: float  # share of calibration answers below it: what to expect
@@ -305,17 +348,49 @@ class Abstention:
     confidence: float
 
     def __call__(self, scores: Iterable[float]) -> np.ndarray:
-        return check_scores("scores", list(scores)) < self.threshold
+        return check_scores("scores", scores) < self.threshold
+
+# %% ../nbs/35_decoding.ipynb #e35upper
+def _upper(wrong: int, n: int, confidence: float) -> float:
+    "Clopper–Pearson's one-sided upper bound of a share; 1 where all are wrong, or there is none."
+    return 1.0 if wrong == n else float(sps.beta.ppf(confidence, wrong + 1, n - wrong))
 
 
 def _sequence(scores: np.ndarray, risk: float, confidence: float, steps: int) -> list[float]:
-    "Rising thresholds: `steps` numbers of calibration answers, from the fewest at which one wrong is affordable, to all."
+    "Rising thresholds: `steps` numbers of calibration answers, from the fewest that can afford one wrong, to all."
     n = len(scores)
-    start = next((m for m in range(2, n) if _upper(1, m, confidence) <= risk), n)
-    counts = np.unique(np.linspace(start, n, steps).round().astype(int))
-    return sorted({np.append(np.sort(scores), np.inf)[c] for c in counts})
+    affordable = (m for m in range(2, n) if _upper(1, m, confidence) <= risk)
+    counts = np.unique(np.linspace(next(affordable, n), n, steps).round().astype(int))
+    rising = [*np.sort(scores).tolist(), math.inf]
+    return sorted({rising[count] for count in counts})
 
 
+def _calibration(scores: Iterable[float], labels: Iterable) -> tuple[np.ndarray, np.ndarray]:
+    "Scores of the answers that are right or wrong, and which of those are wrong; errors as in `abstain`."
+    wrong, kept = judged(labels)
+    values = np.asarray(list(scores), float)
+    if len(values) != len(wrong):
+        raise ValueError(f"{len(values)} scores, and {len(wrong)} labels: give one of each for an answer")
+    if not kept.any():
+        raise ValueError(f"none of {len(kept)} answers is labelled right or wrong: nothing can be learned")
+    return check_scores("scores", values[kept], rows=np.flatnonzero(kept)), wrong[kept]
+
+# %% ../nbs/35_decoding.ipynb #e35highest
+def _highest(scores: np.ndarray, wrong: np.ndarray, thresholds: Iterable, risk: float, confidence: float) -> Abstention:
+    "The last threshold that passes its test before one fails; −inf where none does."
+    best = Abstention(-math.inf, 0.0, math.nan, 0, 0, len(wrong), risk, confidence)
+    for threshold in thresholds:
+        below = scores < threshold
+        n, k = int(below.sum()), int(wrong[below].sum())
+        if _upper(0, n, confidence) > risk:
+            continue  # too few to say anything, whatever their labels
+        bound = _upper(k, n, confidence)
+        if bound > risk:
+            break
+        best = Abstention(float(threshold), n / len(wrong), bound, n, k, len(wrong), risk, confidence)
+    return best
+
+# %% ../nbs/35_decoding.ipynb #e35abstain
 def abstain(
     scores: Iterable[float],  # of calibration answers; higher = more uncertain
     labels: Iterable,  # strings or booleans as in `evaluate_detectors`; empty and refused are left out
@@ -325,46 +400,68 @@ def abstain(
     grid: Iterable[float] | None = None,  # thresholds fixed beforehand; default: by numbers of calibration answers
     steps: int = 20,  # of the default
 ) -> Abstention:
-    """The highest threshold whose risk is shown to be at most `risk`, for answers drawn as these were (fixed-sequence testing, arXiv 2110.01052,
-    with the Clopper–Pearson bound); where none is, nothing is given (threshold −inf, coverage 0). ValueError or FloatingPointError for settings,
-    labels or scores that cannot be used."""
+    """The highest threshold whose risk is shown to be at most `risk`, for answers drawn as these were (fixed-sequence
+    testing, arXiv 2110.01052, with the Clopper–Pearson bound); where none is, nothing is given (threshold −inf,
+    coverage 0). ValueError or FloatingPointError for settings, labels or scores that cannot be used."""
     if not (0 < risk < 1 and 0 < confidence < 1):
         raise ValueError(f"risk and confidence lie between 0 and 1, not {risk} and {confidence}")
     if steps < 1:
         raise ValueError(f"steps is at least 1, not {steps}")
-    wrong, kept = judged(labels)
-    scores = np.asarray(list(scores), float)
-    if len(scores) != len(wrong):
-        raise ValueError(f"{len(scores)} scores, and {len(wrong)} labels: give one of each for an answer")
-    if not kept.any():
-        raise ValueError(f"none of {len(kept)} answers is labelled right or wrong: nothing can be learned")
-    scores, wrong = check_scores("scores", scores[kept], rows=np.flatnonzero(kept)), wrong[kept]
-    best = Abstention(-math.inf, 0.0, math.nan, 0, 0, len(wrong), risk, confidence)
-    for threshold in _sequence(scores, risk, confidence, steps) if grid is None else sorted(grid):
-        below = scores < threshold
-        n, k = int(below.sum()), int(wrong[below].sum())
-        if _upper(0, n, confidence) > risk:
-            continue  # too few to say anything, whatever their labels
-        if (bound := _upper(k, n, confidence)) > risk:
-            break
-        best = Abstention(float(threshold), n / len(wrong), bound, n, k, len(wrong), risk, confidence)
-    return best
+    values, wrong = _calibration(scores, labels)
+    thresholds = _sequence(values, risk, confidence, steps) if grid is None else sorted(grid)
+    return _highest(values, wrong, thresholds, risk, confidence)
 
 # %% ../nbs/35_decoding.ipynb #9d07b661
-def _given(score, wrong: np.ndarray, kept: np.ndarray, groups: np.ndarray, seed: int, **options) -> np.ndarray:
-    "(answers,): 1 given, 0 held back, NaN for those that the threshold was learned from."
+def _thirds(kept: np.ndarray, groups: np.ndarray, learns: bool, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "(answers,) bool: to fit a detector on, to calibrate on, to test on; no question is in two of them."
     place = np.random.default_rng(seed).permutation(groups.max() + 1)[groups]
-    known, other = kept & (place % 2 == 0), kept & (place % 2 == 1)
+    known, test = kept & (place % 2 == 0), kept & (place % 2 == 1)
+    if not learns:
+        return np.zeros_like(kept), known, test
+    return known & (place % 4 == 0), known & (place % 4 == 2), test
+
+
+def _given(score, wrong: np.ndarray, kept: np.ndarray, groups: np.ndarray, seed: int, **options) -> np.ndarray:
+    "(answers,): 1 given, 0 withheld, NaN for those that detector and threshold were learned from."
+    fit, known, test = _thirds(kept, groups, callable(score), seed)
     if callable(score):
-        learn, known, values = known & (place % 4 == 0), known & (place % 4 == 2), np.full(len(wrong), np.nan)
-        values[known | other] = score(np.flatnonzero(learn), np.flatnonzero(known | other))
+        values = np.full(len(wrong), np.nan)
+        values[known | test] = score(np.flatnonzero(fit), np.flatnonzero(known | test))
     else:
         values = np.asarray(score, float)
-    said = np.full(len(wrong), np.nan)
-    said[other] = abstain(values[known], wrong[known], **options)(values[other])
-    return said
+    given = np.full(len(wrong), np.nan)
+    given[test] = abstain(values[known], wrong[known], **options)(values[test])
+    return given
+
+# %% ../nbs/35_decoding.ipynb #e35rates
+def _rates(given: np.ndarray, wrong: np.ndarray, risk: float) -> dict[str, float]:  # (halves, answers), from `_given`
+    "What a threshold did in many halves: a row of `held_out_risk`."
+    n = (given == 1).sum(1)
+    k = ((given == 1) & wrong).sum(1)
+    return dict(
+        coverage=np.nanmean(given),
+        risk=k.sum() / n.sum() if n.any() else np.nan,
+        violation_rate=(k > risk * n).mean(),
+        no_answer_rate=(n == 0).mean(),
+    )
 
 
+def _how_often(given: np.ndarray) -> np.ndarray:  # (halves, answers) -> (answers,)
+    "In which share of the halves that tested it each answer was given; 0 for an answer that none tested."
+    return (given == 1).sum(0) / np.maximum(np.isfinite(given).sum(0), 1)
+
+# %% ../nbs/35_decoding.ipynb #e35groups
+def _checked_groups(scores: pd.DataFrame, groups: Iterable | None, wrong: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    "(answers,) the number of each answer's question; errors of other lengths, or scores that are not finite."
+    codes = pd.factorize(pd.Series(range(len(wrong)) if groups is None else list(groups)))[0]
+    for name, n in dict(scores=len(scores), groups=len(codes)).items():
+        if n != len(wrong):
+            raise ValueError(f"{len(wrong)} labels, and {n} {name}: give one of each for an answer")
+    for name in scores:
+        check_scores(name, np.asarray(scores[name], float)[kept], rows=np.flatnonzero(kept))
+    return codes
+
+# %% ../nbs/35_decoding.ipynb #e35held
 def held_out_risk(
     scores: pd.DataFrame,  # one row per answer, one column per score; higher = more uncertain
     labels: Iterable,  # as in `abstain`; empty and refused are left out
@@ -375,30 +472,15 @@ def held_out_risk(
     fitted: dict[str, Detector] | None = None,  # detectors that learn from one half of the first half
     seeds: Iterable[int] = range(100),  # of the halves
     **options,  # of `abstain`
-) -> tuple[
-    pd.DataFrame, pd.DataFrame
-]:  # one row per score: `coverage, risk, violation_rate, no_answer_rate`; (answers, scores): how often each was given
-    """What thresholds learned on one half of the questions do on the other. `risk`: of all answers given in all halves; `violation_rate`: share of halves where
-    the answers given were wrong more often than asked for, which happens in a finite half also to a threshold that keeps its promise;
-    `no_answer_rate`: where none is given. Errors as in `abstain`."""
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # one row per score; (answers, scores): how often each was given
+    """What thresholds learned on one half of the questions do on the other: `coverage`; `risk` of all answers given in
+    all halves; `violation_rate`, the share of halves where the answers given were wrong more often than asked for (in a
+    finite half also a threshold that keeps its promise has some); `no_answer_rate`. Errors as in `abstain`."""
     wrong, kept = judged(labels)
-    groups = pd.factorize(pd.Series(range(len(wrong)) if groups is None else list(groups)))[0]
-    for name, n in dict(scores=len(scores), groups=len(groups)).items():
-        if n != len(wrong):
-            raise ValueError(f"{len(wrong)} labels, and {n} {name}: give one of each for an answer")
-    for name in scores:
-        check_scores(name, np.asarray(scores[name], float)[kept], rows=np.flatnonzero(kept))
-    found, given = {}, {}
-    for name, score in ({n: scores[n] for n in scores} | (fitted or {})).items():
-        said = np.array(
-            [_given(score, wrong, kept, groups, seed, risk=risk, confidence=confidence, **options) for seed in seeds]
-        )
-        n, k = (said == 1).sum(1), ((said == 1) & wrong).sum(1)
-        found[name] = dict(
-            coverage=np.nanmean(said),
-            risk=k.sum() / n.sum() if n.any() else np.nan,
-            violation_rate=(k > risk * n).mean(),
-            no_answer_rate=(n == 0).mean(),
-        )
-        given[name] = (said == 1).sum(0)[kept] / np.maximum(np.isfinite(said).sum(0)[kept], 1)
-    return pd.DataFrame(found).T.rename_axis("score"), pd.DataFrame(given, index=np.flatnonzero(kept))
+    codes, seeds = _checked_groups(scores, groups, wrong, kept), list(seeds)
+    how = dict(risk=risk, confidence=confidence) | options
+    found, often = {}, {}
+    for name, score in ({column: scores[column] for column in scores} | (fitted or {})).items():
+        given = np.array([_given(score, wrong, kept, codes, seed, **how) for seed in seeds])
+        found[name], often[name] = _rates(given, wrong, risk), _how_often(given)[kept]
+    return pd.DataFrame(found).T.rename_axis("score"), pd.DataFrame(often, index=np.flatnonzero(kept))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'Detector', 'Ranking', 'judged', 'check_scores', 'auroc', 'prediction_rejection_ratio', 'risk_coverage',
            'semantic_entropy', 'eigenscore', 'answer_table', 'detector_scores', 'answer_states', 'out_of_fold',
-           'probe_detector', 'probe_scores', 'eavss_ranking', 'probe_ranking', 'eavss_detector', 'top_layers',
+           'eavss_ranking', 'probe_ranking', 'probe_detector', 'probe_scores', 'top_layers', 'eavss_detector',
            'mahalanobis_detector', 'evaluate_detectors', 'ranking_value']
 
 # %% ../nbs/32_detection.ipynb #64a77593
@@ -16,11 +16,6 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from scipy.special import logsumexp
-from sklearn.covariance import LedoitWolf
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -32,92 +27,131 @@ from .labeling import normalize_answer
 # %% ../nbs/32_detection.ipynb #31e5bfdb
 def judged(
     labels: Iterable,  # of each answer: right, wrong, empty, refused, or a boolean (True = hallucinated)
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # (answers,) bool: hallucinated; (answers,) bool: right or wrong, neither empty nor refused
-    "Read labels; ValueError naming the first answer whose label is none."
+) -> tuple[np.ndarray, np.ndarray]:  # (answers,) bool: hallucinated; (answers,) bool: right or wrong
+    "Read labels; ValueError naming the first answer whose label is none. Empty and refused answers are neither."
     names = np.array(label_names(labels), str)
     return names == "wrong", np.isin(names, ["right", "wrong"])
 
 # %% ../nbs/32_detection.ipynb #f23f5be1
-def _by_score(scores: np.ndarray, quality: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "(n,), (n,), (draws, n) -> twice (draws, distinct scores), scores rising: answers, and their summed quality."
+def _by_score(
+    scores: np.ndarray,  # (n,)
+    quality: np.ndarray,  # (n,)
+    weights: np.ndarray,  # (draws, n) how often each answer counts
+) -> tuple[np.ndarray, np.ndarray]:  # twice (draws, distinct scores), scores rising
+    "How many answers have each distinct score, and the sum of their quality."
     order = np.argsort(scores, kind="stable")
-    first = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
-    add = lambda w: np.add.reduceat(w[:, order], first, axis=1)
-    return add(weights), add(weights * quality)
+    is_new = np.concatenate([[True], np.diff(scores[order]) > 0])
+    first = np.flatnonzero(is_new)
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values[:, order], first, axis=1)
+
+    return sums(weights), sums(weights * quality)
 
 
-def _over(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
-    "top / bottom, 0 where there is nothing at the bottom."
-    return np.divide(top, bottom, out=np.zeros(np.broadcast(top, bottom).shape), where=bottom > 0)
+def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    "top / bottom, 0 where bottom is 0."
+    zeros = np.zeros(np.broadcast(top, bottom).shape)
+    return np.divide(top, bottom, out=zeros, where=bottom > 0)
 
-
-def _auroc(n: np.ndarray, right: np.ndarray) -> np.ndarray:  # from `_by_score`: (draws,); NaN where a class is missing
-    wrong, below = n - right, right.cumsum(1) - right
+# %% ../nbs/32_detection.ipynb #e32aurocc
+def _auroc(n: np.ndarray, right: np.ndarray) -> np.ndarray:  # from `_by_score` -> (draws,)
+    "AUROC of each draw, NaN where a class is missing."
+    wrong = n - right
+    below = right.cumsum(1) - right
     with np.errstate(invalid="ignore"):
         return (wrong * (below + right / 2)).sum(1) / (wrong.sum(1) * right.sum(1))
 
 
-def _auprc(n: np.ndarray, right: np.ndarray) -> np.ndarray:
-    wrong, n = (n - right)[:, ::-1], n[:, ::-1]
+def _auprc(n: np.ndarray, right: np.ndarray) -> np.ndarray:  # from `_by_score` -> (draws,)
+    "AUPRC of each draw, NaN where no answer is wrong."
+    answers = n[:, ::-1]  # the most uncertain first
+    wrong = (n - right)[:, ::-1]
+    precision = _ratio(wrong.cumsum(1), answers.cumsum(1))
     with np.errstate(invalid="ignore"):
-        return (wrong * _over(wrong.cumsum(1), n.cumsum(1))).sum(1) / wrong.sum(1)
+        return (wrong * precision).sum(1) / wrong.sum(1)
 
-
-def _kept_quality(n: np.ndarray, quality: np.ndarray) -> np.ndarray:
-    "A: the mean over k of the mean quality of the k first answers. Within a tie the sum is linear in k, so sums of 1/k do."
+# %% ../nbs/32_detection.ipynb #e32keptc
+def _kept_quality(n: np.ndarray, quality: np.ndarray) -> np.ndarray:  # from `_by_score` -> (draws,)
+    "A: the mean over k of the mean quality of the k first answers."
     after, total = n.cumsum(1), quality.cumsum(1)
-    before, level = after - n, _over(quality, n)
-    harmonic = np.r_[0, (1 / np.arange(1, after.max() + 1)).cumsum()]
-    area = ((total - quality - before * level) * (harmonic[after] - harmonic[before]) + quality).sum(1)
+    before, level = after - n, _ratio(quality, n)
+    harmonic = np.concatenate([[0], (1 / np.arange(1, after.max() + 1)).cumsum()])
+    rest = total - quality - before * level  # what the sum is beyond a line through zero
+    area = (rest * (harmonic[after] - harmonic[before]) + quality).sum(1)
     with np.errstate(invalid="ignore"):
         return area / after[:, -1]
 
+
+def _area(scores: np.ndarray, quality: np.ndarray) -> float:
+    "A of one ranking, each answer counted once."
+    n, total = _by_score(scores, quality, np.ones((1, len(scores)), int))
+    return float(_kept_quality(n, total)[0])
+
 # %% ../nbs/32_detection.ipynb #bfb76be5
+MEASURES = ("auroc", "auprc", "prr")
+
+
 def _measures(
-    scores: np.ndarray, wrong: np.ndarray, weights: np.ndarray
-) -> np.ndarray:  # (n,), (n,) bool, (draws, n) int -> (3, draws)
+    scores: np.ndarray,  # (n,)
+    wrong: np.ndarray,  # (n,) bool
+    weights: np.ndarray,  # (draws, n) int
+) -> np.ndarray:  # (3, draws)
     "AUROC, AUPRC and PRR under each weighting; NaN where a class has no weight."
     n, right = _by_score(scores, ~wrong, weights)
     best = _kept_quality(*_by_score(wrong.astype(float), ~wrong, weights))
     with np.errstate(invalid="ignore"):
-        share = right.sum(1) / n.sum(1)
-        prr = (_kept_quality(n, right) - share) / (best - share)
+        random = right.sum(1) / n.sum(1)
+        prr = (_kept_quality(n, right) - random) / (best - random)
     return np.stack([_auroc(n, right), _auprc(n, right), prr])
 
+# %% ../nbs/32_detection.ipynb #e32checkc
+def _floats(values: Iterable[float]) -> np.ndarray:
+    "(n,) numbers as an array; None becomes NaN."
+    return np.asarray(values if isinstance(values, np.ndarray | pd.Series) else list(values), float)
 
-MEASURES = ("auroc", "auprc", "prr")
 
-
-def check_scores(name: str, scores: np.ndarray, *, rows: Sequence | None = None) -> np.ndarray:
+def check_scores(
+    name: str,  # of the detector, for the message
+    scores: Iterable[float],  # of each answer
+    *,
+    rows: Sequence[int] | np.ndarray | None = None,  # numbers of these answers, for the message; default from 0
+) -> np.ndarray:  # (answers,) float
     "Scores as floats; FloatingPointError naming the detector and the first answer without a finite one."
-    scores = np.asarray(scores, float)
-    if (bad := np.flatnonzero(~np.isfinite(scores))).size:
+    values = _floats(scores)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if bad.size:
         row = bad[0] if rows is None else rows[int(bad[0])]
         raise FloatingPointError(
-            f"detector {name!r} gives answer {row} the score {scores[bad[0]]}: mend it, or leave the answer out"
+            f"detector {name!r} gives answer {row} the score {values[bad[0]]}: mend it, or leave the answer out"
         )
-    return scores
+    return values
 
-
-def _both(wrong: np.ndarray, where: str = "these answers") -> None:
+# %% ../nbs/32_detection.ipynb #e32bothc
+def _check_classes(wrong: np.ndarray, where: str = "these answers") -> None:
     "ValueError with the counts unless both classes are there."
     if wrong.all() or not wrong.any():
+        n_wrong, n_right = wrong.sum(), (~wrong).sum()
         raise ValueError(
-            f"{where}: {wrong.sum()} hallucinated and {(~wrong).sum()} faithful; AUROC, AUPRC and PRR need both classes"
+            f"{where}: {n_wrong} hallucinated and {n_right} faithful; AUROC, AUPRC and PRR need both classes"
         )
+
+
+def _judged_scores(scores: Iterable[float], labels: Iterable) -> tuple[np.ndarray, np.ndarray]:
+    "Scores of the answers that are right or wrong, and which of those are wrong; errors as in `check_scores`."
+    wrong, kept = judged(labels)
+    return check_scores("scores", _floats(scores)[kept], rows=np.flatnonzero(kept)), wrong[kept]
 
 
 def auroc(
     scores: Iterable[float],  # of each answer; higher = more uncertain
     labels: Iterable,  # strings or booleans as in `evaluate_detectors`
-) -> float:  # 0 to 1; .5 = knows nothing
-    "Chance that a hallucinated answer scores above a faithful one, ties one half; ValueError with the counts where a class is missing."
-    wrong, kept = judged(labels)
-    scores = check_scores("scores", np.asarray(list(scores), float)[kept], rows=np.flatnonzero(kept))
-    _both(wrong[kept])
-    return float(_measures(scores, wrong[kept], np.ones((1, kept.sum()), int))[0, 0])
+) -> float:  # 0 to 1; .5 = uninformative
+    """Chance that a hallucinated answer scores above a faithful one, ties one half. ValueError with the counts where
+    a class is missing, FloatingPointError where a score is not finite."""
+    values, wrong = _judged_scores(scores, labels)
+    _check_classes(wrong)
+    return float(_measures(values, wrong, np.ones((1, len(wrong)), int))[0, 0])
 
 # %% ../nbs/32_detection.ipynb #cf768fcb
 def prediction_rejection_ratio(
@@ -126,54 +160,52 @@ def prediction_rejection_ratio(
 ) -> float:  # 1 = as good as the oracle, 0 = as good as chance, below 0 worse
     """PRR over all coverages 1/n … 1 (Malinin and Gales 2021, arXiv 2002.07650), ties shared (our reading);
     ValueError where all answers are of one quality."""
-    quality = check_scores("quality", list(quality))
-    uncertainty = check_scores("uncertainty", list(uncertainty))
-    if len(quality) != len(uncertainty):
-        raise ValueError(f"{len(uncertainty)} uncertainties and {len(quality)} qualities: give one each for an answer")
-    if len(np.unique(quality)) < 2:
-        raise ValueError(f"all {len(quality)} answers are of one quality: there is nothing to choose")
-    area = lambda by: _kept_quality(*_by_score(by, quality, np.ones((1, len(by)), int)))[0]
-    return float((area(uncertainty) - quality.mean()) / (area(-quality) - quality.mean()))
+    good = check_scores("quality", quality)
+    uncertain = check_scores("uncertainty", uncertainty)
+    if len(good) != len(uncertain):
+        raise ValueError(f"{len(uncertain)} uncertainties and {len(good)} qualities: give one each for an answer")
+    if len(np.unique(good)) < 2:
+        raise ValueError(f"all {len(good)} answers are of one quality: there is nothing to choose")
+    return float((_area(uncertain, good) - good.mean()) / (_area(-good, good) - good.mean()))
 
 # %% ../nbs/32_detection.ipynb #28835907
+def _risk(by: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    "(n,) share of wrong answers among the k of the lowest scores, k = 1 … n, ties shared."
+    k = np.arange(1, len(wrong) + 1)
+    n, bad = _by_score(by, wrong, np.ones((1, len(by)), int))
+    answers, mistakes = np.concatenate([[0], n[0].cumsum()]), np.concatenate([[0], bad[0].cumsum()])
+    return np.interp(k, answers, mistakes) / k
+
+
 def risk_coverage(
     scores: Iterable[float],  # of each answer; higher = more uncertain, rejected sooner
     labels: Iterable,  # strings or booleans as in `evaluate_detectors`
-) -> tuple[
-    pd.DataFrame, float
-]:  # a row for each number of answers kept: `coverage, risk, best` (the oracle's risk); and the area
+) -> tuple[pd.DataFrame, float]:  # one row per number of answers kept: `coverage, risk, best` (oracle); and the area
     """Share of hallucinated answers among the least uncertain k of n, for k = 1 … n, ties shared, and its mean over k
     (area under the risk–coverage curve, 0 to 1, lower is better). ValueError where no answer is right or wrong."""
-    wrong, kept = judged(labels)
-    wrong, scores = (
-        wrong[kept],
-        check_scores("scores", np.asarray(list(scores), float)[kept], rows=np.flatnonzero(kept)),
-    )
-    if not len(wrong):
-        raise ValueError(f"none of {len(kept)} answers is labelled right or wrong")
-    k = np.arange(1, len(wrong) + 1)
-
-    def risk(by):
-        n, bad = (part[0] for part in _by_score(by, wrong, np.ones((1, len(by)), int)))
-        return np.interp(k, np.r_[0, n.cumsum()], np.r_[0, bad.cumsum()]) / k
-
-    curve = pd.DataFrame(dict(coverage=k / len(k), risk=risk(scores), best=risk(wrong.astype(float))))
+    values, wrong = _judged_scores(scores, labels)
+    n = len(wrong)
+    if not n:
+        raise ValueError("none of these answers is labelled right or wrong")
+    columns = dict(coverage=np.arange(1, n + 1) / n, risk=_risk(values, wrong), best=_risk(wrong.astype(float), wrong))
+    curve = pd.DataFrame(columns)
     return curve, float(curve.risk.mean())
 
 # %% ../nbs/32_detection.ipynb #6d1e8b73
 def semantic_entropy(
     clusters: Sequence[Hashable],  # of each sampled answer to one question: what it says
     *,
-    logprobs: Iterable[float]
-    | None = None,  # of each sample, nats: weigh by probability; default: every sample counts the same
+    logprobs: Iterable[float] | None = None,  # of each sample, nats: its weight; default: all samples count the same
 ) -> float:  # nats; 0 = all say the same
-    "Entropy over clusters of samples (arXiv 2302.09664; discrete: Farquhar et al. 2024); ValueError for fewer than two samples."
+    """Entropy over clusters of samples (arXiv 2302.09664; discrete: Farquhar et al. 2024);
+    ValueError for fewer than two samples."""
     if len(clusters) < 2:
         raise ValueError(f"semantic entropy needs two samples of a question or more, not {len(clusters)}")
-    number = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
-    place = np.array([number[c] for c in clusters])
-    weight = np.zeros(len(place)) if logprobs is None else check_scores("log-probability", list(logprobs))
-    share = np.array([logsumexp(weight[place == c]) for c in number.values()]) - logsumexp(weight)
+    meanings = list(dict.fromkeys(clusters))
+    place = np.array([meanings.index(cluster) for cluster in clusters])
+    weight = np.zeros(len(place)) if logprobs is None else check_scores("log-probability", logprobs)
+    of_cluster = np.array([logsumexp(weight[place == c]) for c in range(len(meanings))])
+    share = of_cluster - logsumexp(weight)
     return float(max(0.0, -(np.exp(share) * share).sum()))
 
 # %% ../nbs/32_detection.ipynb #920ece41
@@ -182,8 +214,9 @@ def eigenscore(
     *,
     alpha: float = 1e-3,  # added to the diagonal
 ) -> float:
-    """Mean log10 of the eigenvalues of the samples' covariance (width − 1 below, each sample centred) + alpha·I: the form of INSIDE's code (arXiv 2402.03744).
-    ValueError for fewer than two samples; FloatingPointError where a state is not finite."""
+    """Mean log10 of the eigenvalues of the samples' covariance (width − 1 below, each sample centred) + alpha·I: the
+    form of INSIDE's code (arXiv 2402.03744). ValueError for fewer than two samples; FloatingPointError where a state is
+    not finite."""
     states = np.asarray(states, float)
     if states.ndim != 2 or min(states.shape) < 2:
         raise ValueError(f"EigenScore needs at least two samples × two units, not {states.shape}")
@@ -195,66 +228,63 @@ def eigenscore(
 _NEEDED = ("id", "sample", "answer", "answer_tokens", "logprobs", "entropies")
 
 
-def answer_table(answers: Dataset | pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    "Columns of an answer table, rows numbered from 0; ValueError naming one that is missing."
+def answer_table(
+    answers: Dataset | pd.DataFrame,
+    columns: Iterable[str],  # those that are needed
+) -> pd.DataFrame:  # one row per answer, numbered from 0
+    "Some columns of an answer table; ValueError naming one that is missing."
     there = list(answers.columns if isinstance(answers, pd.DataFrame) else answers.column_names)
-    if missing := [c for c in columns if c not in there]:
-        raise ValueError(
-            f"the answers have no column {missing[0]!r}: `generate_answers` makes {', '.join(columns)}; there are {', '.join(there)}"
-        )
-    return pd.DataFrame({c: pd.Series(list(answers[c]), dtype=object) for c in columns})
+    columns = list(columns)
+    for name in columns:
+        if name not in there:
+            raise ValueError(
+                f"the answers have no column {name!r}: `generate_answers` makes {', '.join(columns)}; "
+                f"there are {', '.join(there)}"
+            )
+    return pd.DataFrame({name: pd.Series(list(answers[name]), dtype=object) for name in columns})
+
+# %% ../nbs/32_detection.ipynb #e32tokens
+def _check_numbers(row: int, tokens: Sequence, name: str, values: Sequence[float]) -> None:
+    "ValueError or FloatingPointError unless an answer has one finite number for each token."
+    if len(values) != len(tokens):
+        raise ValueError(f"answer {row} has {len(tokens)} tokens and {len(values)} {name}")
+    if not np.isfinite(np.asarray(values, float)).all():
+        raise FloatingPointError(f"the {name} of answer {row} are not all finite")
 
 
 def _check_tokens(table: pd.DataFrame) -> None:
-    "ValueError or FloatingPointError naming the first answer whose numbers are not those of its tokens."
-    for row, (tokens, *numbers) in enumerate(zip(table.answer_tokens, table.logprobs, table.entropies)):
-        for name, values in zip(("log-probabilities", "entropies"), numbers):
-            if len(values) != len(tokens):
-                raise ValueError(f"answer {row} has {len(tokens)} tokens and {len(values)} {name}")
-            if not np.isfinite(np.asarray(values, float)).all():
-                raise FloatingPointError(f"the {name} of answer {row} are not all finite")
+    "Errors of `_check_numbers`, for the first answer whose numbers are not those of its tokens."
+    columns = zip(table.answer_tokens, table.logprobs, table.entropies)
+    for row, (tokens, logprobs, entropies) in enumerate(columns):
+        _check_numbers(row, tokens, "log-probabilities", logprobs)
+        _check_numbers(row, tokens, "entropies", entropies)
 
-# %% ../nbs/32_detection.ipynb #339c61fb
-def detector_scores(
-    answers: Dataset | pd.DataFrame,  # `id, sample, answer, answer_tokens, logprobs, entropies`, one row per answer
-    *,
-    normalize: Callable[[str], str] = normalize_answer,  # answers equal under it are one cluster
-    states: np.ndarray
-    | None = None,  # (answers, width), or (answers, layers, width) from `answer_states`, for EigenScore
-    layer: int | None = None,  # of `states`; default the middle one, as published
-) -> (
-    pd.DataFrame
-):  # one row per answer, numbered from 0; one column per detector, higher = more uncertain, `length` first
-    """Scores that need no labels. Semantic entropy and EigenScore are of a question's samples (`sample` > 0) and stand at each of its
-    answers; columns are there when samples (and states) are. NaN where undefined: an empty answer, a question with fewer than two samples."""
-    table = answer_table(answers, _NEEDED)
-    _check_tokens(table)
-    of = lambda column, f: np.array([f(values) if len(values) else np.nan for values in table[column]], float)
-    scores = pd.DataFrame(
-        dict(
-            length=table.answer_tokens.map(len),
-            neg_mean_logprob=-of("logprobs", np.mean),
-            neg_min_logprob=-of("logprobs", np.min),
-            perplexity=np.exp(-of("logprobs", np.mean)),
-            mean_entropy=of("entropies", np.mean),
-            max_entropy=of("entropies", np.max),
-        )
+# %% ../nbs/32_detection.ipynb #e32own
+def _of_tokens(lists: Iterable, statistic: Callable) -> np.ndarray:
+    "(answers,) a statistic of each answer's tokens; NaN for an answer without a token."
+    return np.array([statistic(values) if len(values) else np.nan for values in lists], float)
+
+
+def _answer_scores(table: pd.DataFrame) -> pd.DataFrame:
+    "What an answer shows by itself: its length, log-probabilities and entropies."
+    mean_logprob = _of_tokens(table.logprobs, np.mean)
+    scores = dict(
+        length=table.answer_tokens.map(len),
+        neg_mean_logprob=-mean_logprob,
+        neg_min_logprob=-_of_tokens(table.logprobs, np.min),
+        perplexity=np.exp(-mean_logprob),
+        mean_entropy=_of_tokens(table.entropies, np.mean),
+        max_entropy=_of_tokens(table.entropies, np.max),
     )
-    sampled = table[table["sample"].astype(int) > 0]
-    if not len(sampled):
-        return scores
-    two = lambda f: lambda rows: f(rows) if len(rows) > 1 else np.nan
-    said = sampled.answer.map(normalize).groupby(sampled.id).apply(two(lambda a: semantic_entropy(a.tolist())))
-    scores["semantic_entropy"] = table.id.map(said).astype(float)
-    if states is not None:
-        states = _layer(states, layer, len(table))
-        full = sampled[sampled.answer_tokens.map(len) > 0]
-        spread = full.index.to_series().groupby(full.id).apply(two(lambda rows: eigenscore(states[rows])))
-        scores["eigenscore"] = table.id.map(spread).astype(float)
-    return scores
+    return pd.DataFrame(scores)
 
 
-def _layer(states: np.ndarray, layer: int | None, n: int) -> np.ndarray:
+def _by_question(values: pd.Series, ids: pd.Series, score: Callable) -> pd.Series:
+    "A score of each question's samples, NaN where there is but one; index: the question."
+    return values.groupby(ids).apply(lambda some: score(some.tolist()) if len(some) > 1 else np.nan)
+
+# %% ../nbs/32_detection.ipynb #e32layer
+def _states_at(states: np.ndarray, layer: int | None, n: int) -> np.ndarray:
     "(answers, width) of one layer, by default the middle one; ValueError naming what does not fit."
     states = np.asarray(states)
     if states.ndim == 2:
@@ -266,6 +296,83 @@ def _layer(states: np.ndarray, layer: int | None, n: int) -> np.ndarray:
         raise ValueError(f"there is no layer {layer} in states of {states.shape[1]} layers (numbered from 0)")
     return states[:, layer]
 
+# %% ../nbs/32_detection.ipynb #339c61fb
+def detector_scores(
+    answers: Dataset | pd.DataFrame,  # `id, sample, answer, answer_tokens, logprobs, entropies`, one row per answer
+    *,
+    normalize: Callable[[str], str] = normalize_answer,  # answers equal under it are one cluster
+    states: np.ndarray | None = None,  # (answers, width), or as from `answer_states`, for EigenScore
+    layer: int | None = None,  # of `states`; default the middle one, as published
+) -> pd.DataFrame:  # one row per answer, one column per detector, higher = more uncertain, `length` first
+    """Scores that need no labels. Semantic entropy and EigenScore are of a question's samples (`sample` > 0), and each
+    of its answers has them; columns are there when samples (and states) are. NaN where undefined: an empty answer, a
+    question with fewer than two samples."""
+    table = answer_table(answers, _NEEDED)
+    _check_tokens(table)
+    scores = _answer_scores(table)
+    sampled = table[table["sample"].astype(int) > 0]
+    if not len(sampled):
+        return scores
+    entropy = _by_question(sampled.answer.map(normalize), sampled.id, semantic_entropy)
+    scores["semantic_entropy"] = table.id.map(entropy).astype(float)
+    if states is not None:
+        of_layer = _states_at(states, layer, len(table))
+        full = sampled[sampled.answer_tokens.map(len) > 0]
+        dispersion = _by_question(full.index.to_series(), full.id, lambda rows: eigenscore(of_layer[rows]))
+        scores["eigenscore"] = table.id.map(dispersion).astype(float)
+    return scores
+
+# %% ../nbs/32_detection.ipynb #e32state
+def _state(a: torch.Tensor, mask: torch.Tensor, at: str) -> torch.Tensor:  # (B, T, width), (B, T) -> (B, width)
+    "The state at the last token of each answer, or the mean over its tokens; `mask`: the answer's tokens."
+    if at == "last":
+        last = mask.int().cumsum(1).argmax(1)
+        return a[torch.arange(len(a)), last].float()
+    weight = (mask / mask.sum(1, keepdim=True)).to(a.device)
+    return (a.float() * weight[..., None]).sum(1)
+
+
+def _token_rows(table: pd.DataFrame) -> list[tuple[int, list[int]]]:
+    "(row, prompt and answer tokens) of each answer that has a token; ValueError where none has."
+    rows = []
+    for i, (prompt, answer) in enumerate(zip(table.prompt_tokens, table.answer_tokens)):
+        if len(answer):
+            rows.append((i, [*prompt, *answer]))
+    if not rows:
+        raise ValueError(f"none of {len(table)} answers has a token")
+    return rows
+
+# %% ../nbs/32_detection.ipynb #e32readerc
+class _StateReader:
+    "Keeps the states of answers while a model runs: `found[at][layer]` is a dict of states by answer."
+
+    def __init__(self, kinds: Sequence[str]):
+        self.found: dict[str, dict[int, dict[int, np.ndarray]]] = {at: {} for at in kinds}
+
+    def start(self, batch: dict, lengths: torch.Tensor):
+        "What batch comes next; `lengths`: how many tokens each answer has."
+        self.answers = batch["index"].tolist()
+        self.mask = answer_mask(batch, lengths)
+
+    def keep(self, layer: int, point: str, a: torch.Tensor):
+        "For `read_activations`."
+        for at, by_layer in self.found.items():
+            states = _state(a, self.mask, at).cpu().numpy()
+            by_layer.setdefault(layer, {}).update(zip(self.answers, states))
+
+# %% ../nbs/32_detection.ipynb #e32stack
+def _stacked(found: dict[int, dict[int, np.ndarray]], n: int) -> np.ndarray:  # by layer, by answer
+    """(n, layers, width): the states of all layers, NaN where an answer has none;
+    FloatingPointError naming layer and answer of a state that is not finite."""
+    width = len(next(iter(found[0].values())))
+    states: np.ndarray = np.full((n, len(found), width), np.nan, np.float32)
+    for layer in sorted(found):
+        for row, state in found[layer].items():
+            states[row, layer] = state
+            if not np.isfinite(state).all():
+                raise FloatingPointError(f"layer {layer}: the state of answer {row} is not finite")
+    return states
+
 # %% ../nbs/32_detection.ipynb #97bc46e9
 def answer_states(
     model: nn.Module,
@@ -275,134 +382,158 @@ def answer_states(
     at: str | Sequence[str] = "last",  # "last" answer token, "mean" over answer tokens; several in one pass
     point: str = "output",  # reading point of `avss_nb.hooks`
     batch_size: int = 16,
-) -> (
-    np.ndarray | dict[str, np.ndarray]
-):  # (answers, layers, width) float32, NaN for an answer without a token; a dict of them for several `at`
-    "Hidden states of answers at every layer. ValueError for another `at`, or answers without a token; FloatingPointError naming layer and answer of a state that is not finite."
-    table, kinds = answer_table(answers, ("prompt_tokens", "answer_tokens")), [at] if isinstance(at, str) else list(at)
-    if unknown := [k for k in kinds if k not in ("last", "mean")]:
+) -> np.ndarray | dict[str, np.ndarray]:  # (answers, layers, width) float32; a dict of them for several `at`
+    """Hidden states of answers at every layer, NaN for an answer without a token. ValueError for another `at`, or
+    answers without a token; FloatingPointError naming layer and answer of a state that is not finite."""
+    table = answer_table(answers, ("prompt_tokens", "answer_tokens"))
+    kinds = [at] if isinstance(at, str) else list(at)
+    if unknown := [kind for kind in kinds if kind not in ("last", "mean")]:
         raise ValueError(f"at is 'last' or 'mean', not {unknown[0]!r}")
-    lengths, found = torch.tensor([len(a) for a in table.answer_tokens]), {}
-    rows = [
-        (i, [*prompt, *answer])
-        for i, (prompt, answer) in enumerate(zip(table.prompt_tokens, table.answer_tokens))
-        if len(answer)
-    ]
-    if not rows:
-        raise ValueError(f"none of {len(table)} answers has a token")
-
-    def keep(layer, point, a):  # `mask` (B, T): the answer's tokens
-        last, weight = mask.int().cumsum(1).argmax(1), (mask / mask.sum(1, keepdim=True)).to(a.device)
-        state = dict(
-            last=lambda: a[torch.arange(len(a)), last].float(), mean=lambda: (a.float() * weight[..., None]).sum(1)
-        )
-        for kind in kinds:
-            found.setdefault((kind, layer), {}).update(zip(batch["index"].tolist(), state[kind]().cpu().numpy()))
-
-    for batch in batch_rows(rows, tokenizer, batch_size=batch_size):
-        mask = answer_mask(batch, lengths)
-        with read_activations(model, [point], keep):
+    reader, lengths = _StateReader(kinds), torch.tensor([len(a) for a in table.answer_tokens])
+    for batch in batch_rows(_token_rows(table), tokenizer, batch_size=batch_size):
+        reader.start(batch, lengths)
+        with read_activations(model, [point], reader.keep):
             run_blocks(model, batch)
-    states = {
-        kind: _stack({layer: some for (k, layer), some in found.items() if k == kind}, len(table)) for kind in kinds
-    }
+    states = {kind: _stacked(reader.found[kind], len(table)) for kind in kinds}
     return states[at] if isinstance(at, str) else states
 
-
-def _stack(found: dict, n: int) -> np.ndarray:  # {layer: {answer: (width,)}} -> (n, layers, width)
-    "One array of the states of all layers, NaN where an answer has none."
-    width = len(next(iter(found[0].values())))
-    states = np.full((n, len(found), width), np.nan, np.float32)
-    for layer in sorted(found):
-        for row, state in found[layer].items():
-            states[row, layer] = state
-        if bad := [row for row, state in found[layer].items() if not np.isfinite(state).all()]:
-            raise FloatingPointError(f"layer {layer}: the state of answer {bad[0]} is not finite")
-    return states
-
 # %% ../nbs/32_detection.ipynb #53046cc2
-Detector = Callable[
-    [np.ndarray, np.ndarray], np.ndarray
-]  # rows to learn from, rows to score -> a score for each of the latter
+# rows to learn from, rows to score -> a score for each of the latter
+Detector = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def _ready(
     labels: Iterable, groups: Iterable | None = None, n: int | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Hallucinated (answers,), the rows that are right or wrong, and the number of each answer's question; ValueError for lengths that differ."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (answers,) bool, the rows that are right or wrong, (answers,) int
+    "Which answers are hallucinated, the rows that count, and each answer's question; ValueError for other lengths."
     wrong, kept = judged(labels)
-    groups = np.arange(len(wrong)) if groups is None else pd.factorize(pd.Series(list(groups), dtype=object))[0]
-    for name, length in dict(labels=len(wrong), groups=len(groups)).items():
-        if length != (len(wrong) if n is None else n):
-            raise ValueError(f"{n or len(wrong)} answers, and {length} {name}: give one for each answer")
-    _both(wrong[kept])
-    if (groups < 0).any():
-        raise ValueError(f"answer {groups.argmin()} has no question in `groups`")
-    return wrong, np.flatnonzero(kept), groups
+    codes = np.arange(len(wrong))
+    if groups is not None:
+        codes = pd.factorize(pd.Series(list(groups), dtype=object))[0]
+    n_answers = len(wrong) if n is None else n
+    for name, length in dict(labels=len(wrong), groups=len(codes)).items():
+        if length != n_answers:
+            raise ValueError(f"{n_answers} answers, and {length} {name}: give one for each answer")
+    _check_classes(wrong[kept])
+    if (codes < 0).any():
+        raise ValueError(f"answer {codes.argmin()} has no question in `groups`")
+    return wrong, np.flatnonzero(kept), codes
+
+# %% ../nbs/32_detection.ipynb #e32split
+def _check_questions(wrong: np.ndarray, rows: np.ndarray, groups: np.ndarray, n_folds: int, where: str) -> None:
+    "ValueError with the counts unless each class has a question for each fold."
+    n_wrong = len(np.unique(groups[rows[wrong[rows]]]))
+    n_right = len(np.unique(groups[rows[~wrong[rows]]]))
+    if min(n_wrong, n_right) < n_folds:
+        raise ValueError(
+            f"{where}{n_folds} parts need {n_folds} questions of each class: there are "
+            f"{n_wrong} with hallucinated answers and {n_right} with faithful answers"
+        )
 
 
 def _split(
     wrong: np.ndarray, rows: np.ndarray, groups: np.ndarray, n_folds: int, seed: int, where: str = ""
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    "Folds of `rows` as (train, test), no question on both sides, each with both classes; ValueError with the counts where that cannot be."
-    questions = {
-        name: len(np.unique(groups[rows[wrong[rows] == bad]]))
-        for name, bad in (("hallucinated", True), ("faithful", False))
-    }
-    if min(questions.values()) < n_folds:
-        raise ValueError(
-            f"{where}{n_folds} parts need {n_folds} questions of each class: there are "
-            + " and ".join(f"{n} with {name} answers" for name, n in questions.items())
-        )
-    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(rows, wrong[rows], groups[rows])
-    folds = [(rows[train], rows[test]) for train, test in folds]
-    for part in (part for fold in folds for part in fold):
-        _both(wrong[part], f"a part of {len(part)} answers")
+    "Folds of `rows` as (train, test), no question on both sides, both classes on each; ValueError where none are."
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    _check_questions(wrong, rows, groups, n_folds, where)
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    folds = [(rows[train], rows[test]) for train, test in splitter.split(rows, wrong[rows], groups[rows])]
+    for fold in folds:
+        for part in fold:
+            _check_classes(wrong[part], f"a part of {len(part)} answers")
     return folds
 
-
+# %% ../nbs/32_detection.ipynb #e32oof
 def out_of_fold(
-    detector: Detector,
+    detector: Detector,  # gets the rows to learn from and the rows to score
     labels: Iterable,  # as in `evaluate_detectors`
     *,
     groups: Iterable | None = None,  # the question of each answer; default: each its own
     n_folds: int = 5,
     seed: int = 0,
 ) -> np.ndarray:  # (answers,): NaN where an answer is neither right nor wrong
-    "Score each answer by a detector fitted to the answers of other questions."
-    wrong, rows, groups = _ready(labels, groups)
+    "Score each answer by a detector fitted to the answers of other questions; errors as in `evaluate_detectors`."
+    wrong, rows, codes = _ready(labels, groups)
     scores = np.full(len(wrong), np.nan)
-    for train, test in _split(wrong, rows, groups, n_folds, seed):
+    for train, test in _split(wrong, rows, codes, n_folds, seed):
         scores[test] = detector(train, test)
     return scores
 
 # %% ../nbs/32_detection.ipynb #e6309cf2
 def _classifier(C: float = 1.0):
+    "A logistic regression on standardised columns, its classes weighted alike."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     return make_pipeline(StandardScaler(), LogisticRegression(C=C, class_weight="balanced", max_iter=1000))
 
 
-def _all_finite(x: np.ndarray, rows: np.ndarray) -> None:  # (answers, columns)
+def _check_finite(x: np.ndarray, rows: np.ndarray) -> None:  # (answers, columns)
     "FloatingPointError naming the first answer with a state or feature that is not finite."
-    if (bad := rows[~np.isfinite(x[rows]).all(1)]).size:
+    bad = rows[~np.isfinite(x[rows]).all(1)]
+    if bad.size:
         raise FloatingPointError(
             f"the states or features of answer {bad.min()} are not all finite: mend them, or label it `empty`"
         )
 
-
+# %% ../nbs/32_detection.ipynb #e32fit
 def _fitted_score(x: np.ndarray, wrong: np.ndarray, train: np.ndarray, test: np.ndarray, C: float) -> np.ndarray:
-    "Log-odds by a logistic regression on standardised columns."
-    _all_finite(x, np.r_[train, test])
+    "(test,) log-odds by a logistic regression on (answers, columns)."
+    _check_finite(x, np.concatenate([train, test]))
     return _classifier(C).fit(x[train], wrong[train]).decision_function(x[test])
 
 
 def _over_folds(x: np.ndarray, wrong: np.ndarray, folds: list, C: float = 1.0) -> np.ndarray:
-    "(answers,) out-of-fold log-odds, NaN beside the folds."
+    "(answers,) out-of-fold log-odds, NaN for an answer in no fold."
     scores = np.full(len(wrong), np.nan)
     for train, test in folds:
         scores[test] = _fitted_score(x, wrong, train, test, C)
     return scores
 
+# %% ../nbs/32_detection.ipynb #367eec70
+Ranking = Callable[[np.ndarray], np.ndarray]  # rows to learn from -> (layers,), higher = chosen first
 
+
+def eavss_ranking(
+    features: np.ndarray,  # (answers, layers): a statistic of each answer, as a logarithm
+    labels: Iterable,  # as in `evaluate_detectors`
+) -> Ranking:
+    """Size of the difference between mean features of hallucinated and faithful answers: |EAVSS| in the mode `ratio`,
+    by answers (our reading)."""
+    x, (wrong, _) = np.asarray(features, float), judged(labels)
+
+    def ranking(rows: np.ndarray) -> np.ndarray:
+        return np.abs(x[rows[wrong[rows]]].mean(0) - x[rows[~wrong[rows]]].mean(0))
+
+    return ranking
+
+# %% ../nbs/32_detection.ipynb #e32proberank
+def probe_ranking(
+    states: np.ndarray,  # (answers, layers, width) from `answer_states`, or (answers, width)
+    labels: Iterable,
+    *,
+    groups: Iterable | None = None,
+    C: float = 1e-2,
+    n_folds: int = 3,
+) -> Ranking:
+    "AUROC of an out-of-fold probe at each layer, within the rows to learn from."
+    wrong, _, codes = _ready(labels, groups, len(states))
+    n_layers = states.shape[1] if np.ndim(states) == 3 else 1
+
+    def ranking(rows: np.ndarray) -> np.ndarray:
+        folds = _split(wrong, rows, codes, n_folds, 0)
+        found = []
+        for layer in range(n_layers):
+            scores = _over_folds(_states_at(states, layer, len(wrong)), wrong, folds, C)
+            found.append(auroc(scores[rows], wrong[rows]))
+        return np.array(found)
+
+    return ranking
+
+# %% ../nbs/32_detection.ipynb #e32probedet
 def probe_detector(
     states: np.ndarray,  # (answers, layers, width) from `answer_states`, or (answers, width)
     labels: Iterable,  # as in `evaluate_detectors`
@@ -413,16 +544,18 @@ def probe_detector(
     n_folds: int = 3,  # for the choice of the layer
 ) -> Detector:
     "A linear probe of hidden states (after SAPLMA) that chooses its layer on what it learns from."
-    wrong, rows, groups = _ready(labels, groups, len(states))
-    at = lambda layer: _layer(states, layer, len(wrong))
-    if layer is not None:
-        return lambda train, test: _fitted_score(at(layer), wrong, train, test, C)
-    choose = probe_ranking(states, labels, groups=groups, C=C, n_folds=n_folds)
-    return lambda train, test: _fitted_score(at(int(np.argmax(choose(train)))), wrong, train, test, C)
+    wrong, _, _ = _ready(labels, groups, len(states))
+    ranking = probe_ranking(states, labels, groups=groups, C=C, n_folds=n_folds)
 
+    def detector(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        chosen = int(np.argmax(ranking(train))) if layer is None else layer
+        return _fitted_score(_states_at(states, chosen, len(wrong)), wrong, train, test, C)
 
+    return detector
+
+# %% ../nbs/32_detection.ipynb #e32probescores
 def probe_scores(
-    states: np.ndarray,
+    states: np.ndarray,  # as in `probe_detector`
     labels: Iterable,
     *,
     groups: Iterable | None = None,
@@ -432,51 +565,37 @@ def probe_scores(
     seed: int = 0,
 ) -> pd.DataFrame:  # one row per answer, one column per layer; NaN where an answer is neither right nor wrong
     "Out-of-fold log-odds of a probe at each layer: no answer is scored by a probe that saw its question."
-    layers = range(states.shape[1] if np.ndim(states) == 3 else 1) if layers is None else layers
-    return pd.DataFrame(
-        {
-            l: out_of_fold(
-                probe_detector(states, labels, groups=groups, layer=l, C=C),
-                labels,
-                groups=groups,
-                n_folds=n_folds,
-                seed=seed,
-            )
-            for l in layers
-        }
-    ).rename_axis(columns="layer")
-
-# %% ../nbs/32_detection.ipynb #367eec70
-Ranking = Callable[[np.ndarray], np.ndarray]  # rows to learn from -> (layers,), higher = chosen first
-
-
-def eavss_ranking(
-    features: np.ndarray,  # (answers, layers): a statistic of each answer, as a logarithm
-    labels: Iterable,  # as in `evaluate_detectors`
-) -> Ranking:
-    "Size of the difference between mean features of hallucinated and faithful answers: |EAVSS| in the mode `ratio`, by answers (our reading)."
-    features, (wrong, _) = np.asarray(features, float), judged(labels)
-    return lambda rows: np.abs(features[rows[wrong[rows]]].mean(0) - features[rows[~wrong[rows]]].mean(0))
-
-
-def probe_ranking(
-    states: np.ndarray, labels: Iterable, *, groups: Iterable | None = None, C: float = 1e-2, n_folds: int = 3
-) -> Ranking:
-    "AUROC of an out-of-fold probe at each layer of `states` (answers, layers, width), within the rows to learn from."
-    wrong, _, groups = _ready(labels, groups, len(states))
-
-    def ranking(rows: np.ndarray) -> np.ndarray:
-        folds, layers = _split(wrong, rows, groups, n_folds, 0), range(states.shape[1] if np.ndim(states) == 3 else 1)
-        return np.array(
-            [
-                auroc(_over_folds(_layer(states, layer, len(wrong)), wrong, folds, C)[rows], wrong[rows])
-                for layer in layers
-            ]
-        )
-
-    return ranking
+    if layers is None:
+        layers = range(states.shape[1] if np.ndim(states) == 3 else 1)
+    columns = {}
+    for layer in layers:
+        detector = probe_detector(states, labels, groups=groups, layer=layer, C=C)
+        columns[layer] = out_of_fold(detector, labels, groups=groups, n_folds=n_folds, seed=seed)
+    return pd.DataFrame(columns).rename_axis(columns="layer")
 
 # %% ../nbs/32_detection.ipynb #2d27cedb
+def top_layers(
+    ranking: np.ndarray,  # (layers,), higher = chosen first
+    k: int,  # how many
+) -> np.ndarray:  # (k,) layers
+    "The k layers ranked highest, ties in layer order; FloatingPointError naming a layer without a finite number."
+    bad = np.flatnonzero(~np.isfinite(ranking))
+    if bad.size:
+        raise FloatingPointError(f"the ranking of layer {bad[0]} is not finite")
+    return np.argsort(-np.asarray(ranking), kind="stable")[:k]
+
+
+def _checked_features(features: np.ndarray, labels: Iterable, k: int) -> tuple[np.ndarray, np.ndarray]:
+    "Features as floats, and which answers are hallucinated; errors as in `eavss_detector`."
+    x, (wrong, kept) = np.asarray(features, float), judged(labels)
+    if len(x) != len(wrong):
+        raise ValueError(f"{len(x)} answers with features, and {len(wrong)} labels")
+    if not 1 <= k <= x.shape[1]:
+        raise ValueError(f"k is between 1 and {x.shape[1]}, the number of layers, not {k}")
+    _check_finite(x, np.flatnonzero(kept))
+    return x, wrong
+
+# %% ../nbs/32_detection.ipynb #e32eavss
 def eavss_detector(
     features: np.ndarray,  # (answers, layers): a statistic of each answer, as a logarithm
     labels: Iterable,  # as in `evaluate_detectors`
@@ -484,41 +603,35 @@ def eavss_detector(
     k: int = 3,  # layers
     ranking: Ranking | None = None,  # which layers; default `eavss_ranking`
 ) -> Detector:
-    "Mean over the k first layers of the standardised feature, turned so that hallucinated is higher; layers, scale and direction from train alone. ValueError for labels of other answers, or a k that is out of range."
-    features, (wrong, kept) = np.asarray(features, float), judged(labels)
-    if len(features) != len(wrong):
-        raise ValueError(f"{len(features)} answers with features, and {len(wrong)} labels")
-    if not 1 <= k <= features.shape[1]:
-        raise ValueError(f"k is between 1 and {features.shape[1]}, the number of layers, not {k}")
-    _all_finite(features, np.flatnonzero(kept))
-    ranking = ranking or eavss_ranking(features, labels)
+    """Mean over the k first layers of the standardised feature, signed so that hallucinated is higher; layers, scale
+    and direction from train alone. ValueError for labels of other answers, or a k that is out of range;
+    FloatingPointError for a feature that is not finite."""
+    values, wrong = _checked_features(features, labels, k)
+    ranking = ranking or eavss_ranking(values, labels)
 
     def detector(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-        x = features[:, top_layers(ranking(train), k)]
+        x = values[:, top_layers(ranking(train), k)]
         gap = x[train[wrong[train]]].mean(0) - x[train[~wrong[train]]].mean(0)
-        return (_over(x[test] - x[train].mean(0), x[train].std(0)) * np.sign(gap)).mean(1)
+        standardised = _ratio(x[test] - x[train].mean(0), x[train].std(0))
+        return (standardised * np.sign(gap)).mean(1)
 
     return detector
 
-
-def top_layers(ranking: np.ndarray, k: int) -> np.ndarray:
-    "The k layers ranked highest, ties in layer order; FloatingPointError naming a layer without a finite number."
-    if (bad := np.flatnonzero(~np.isfinite(ranking))).size:
-        raise FloatingPointError(f"the ranking of layer {bad[0]} is not finite")
-    return np.argsort(-np.asarray(ranking), kind="stable")[:k]
-
-
+# %% ../nbs/32_detection.ipynb #e32maha
 def mahalanobis_detector(
     states: np.ndarray,  # (answers, layers, width), or (answers, width)
     labels: Iterable,
     *,
     layer: int | None = None,  # default: the middle one
 ) -> Detector:
-    "Squared Mahalanobis distance of a state from the faithful answers of train (Lee et al. 2018, one class; shrunk covariance of Ledoit and Wolf)."
-    x, (wrong, _) = np.asarray(_layer(states, layer, len(states)), float), judged(labels)
+    """Squared Mahalanobis distance of a state from the faithful answers of train (Lee et al. 2018, one class; shrunk
+    covariance of Ledoit and Wolf)."""
+    x, (wrong, _) = np.asarray(_states_at(states, layer, len(states)), float), judged(labels)
 
     def detector(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-        _all_finite(x, np.r_[train, test])
+        from sklearn.covariance import LedoitWolf
+
+        _check_finite(x, np.concatenate([train, test]))
         return LedoitWolf().fit(x[train[~wrong[train]]]).mahalanobis(x[test])
 
     return detector
@@ -531,96 +644,207 @@ def _draws(groups: np.ndarray, n: int, seed: int) -> np.ndarray:  # (answers,) -
     return np.vstack([np.ones((1, k), int), drawn])[:, groups]
 
 
-def _mean_and_ends(
-    by_split: np.ndarray, level: float
-) -> tuple[float, float, float]:  # (splits, 1 + draws), the first column as it is
-    "Mean over splits and its percentile interval; ValueError where a class is missing from more than a quarter of the draws."
+def _mean_and_ends(by_split: np.ndarray, level: float) -> tuple[float, float, float]:  # (splits, 1 + draws)
+    """Mean over splits and its percentile interval; the first column is as measured. ValueError where a class is
+    missing from more than a quarter of the draws."""
     there = np.isfinite(by_split)
     if there.mean() < 0.75:
         raise ValueError(
-            f"too few answers of one class for an interval: it is missing from {1 - there.mean():.0%} of the resamples of questions"
+            "too few answers of one class for an interval: "
+            f"it is missing from {1 - there.mean():.0%} of the resamples of questions"
         )
-    means = np.where(there, by_split, 0).sum(0)[there.any(0)] / there.sum(0)[there.any(0)]
+    counted = there.any(0)
+    means = np.where(there, by_split, 0).sum(0)[counted] / there.sum(0)[counted]
     low, high = np.quantile(means[1:], [(1 - level) / 2, (1 + level) / 2])
     return float(means[0]), float(low), float(high)
 
+# %% ../nbs/32_detection.ipynb #e32evalc
+def _unfitted(values: np.ndarray) -> Detector:
+    "A score that learns nothing, as a detector."
+    return lambda train, test: values[test]
 
+
+def _tested(name: str, detector: Detector, wrong: np.ndarray, draws: np.ndarray, splits: list) -> np.ndarray:
+    "(splits, 3, draws): the measures of a detector on the test part of each split."
+    found = []
+    for train, test in splits:
+        scores = check_scores(name, detector(train, test), rows=test)
+        found.append(_measures(scores, wrong[test], draws[:, test]))
+    return np.array(found)
+
+
+def _summary(found: np.ndarray, by_seed: np.ndarray, level: float) -> dict[str, float]:
+    "Of each measure the mean over splits, its interval, and its range over seeds (NaN without a seed)."
+    numbers: dict[str, float] = {}
+    for i, measure in enumerate(MEASURES):
+        one_seed = by_seed[:, i, 0] if len(by_seed) else np.array([np.nan])
+        value, low, high = _mean_and_ends(found[:, i], level)
+        numbers |= {measure: value, f"{measure}_low": low, f"{measure}_high": high}
+        numbers |= {f"{measure}_seed_low": one_seed.min(), f"{measure}_seed_high": one_seed.max()}
+    return numbers
+
+# %% ../nbs/32_detection.ipynb #e32dets
+def _all_detectors(scores: pd.DataFrame, fitted: dict[str, Detector], splits: list) -> dict[str, Detector]:
+    "All detectors by name, `length` first; ValueError for a name given twice, or fitted ones without a split."
+    if fitted and not splits:
+        raise ValueError("detectors that must be fitted need at least one seed")
+    both = sorted(set(scores) & fitted.keys())
+    if both:
+        raise ValueError(f"{both[0]!r} is a column of scores and a fitted detector: give each a name of its own")
+    found = {name: _unfitted(np.asarray(scores[name], float)) for name in scores} | fitted
+    return {name: found[name] for name in sorted(found, key=lambda name: name != "length")}
+
+
+def _finite_scores(scores: pd.DataFrame, rows: np.ndarray) -> pd.DataFrame:
+    "The scores as they are; FloatingPointError naming one that is not finite in these rows."
+    for name in scores:
+        check_scores(name, np.asarray(scores[name], float)[rows], rows=rows)
+    return scores
+
+# %% ../nbs/32_detection.ipynb #e32evaluate
 def evaluate_detectors(
-    scores: pd.DataFrame,  # one row per answer, one column per detector, as from `detector_scores`; higher = more uncertain
+    scores: pd.DataFrame,  # one row per answer, one column per detector, as from `detector_scores`
     labels: Iterable,  # of each row: right, wrong, empty or refused; or booleans, True = hallucinated
     *,
     groups: Iterable | None = None,  # the question of each row; default: each row its own
-    fitted: dict[str, Detector]
-    | None = None,  # detectors that learn from one half of the questions; they get row numbers of `scores`
+    fitted: dict[str, Detector] | None = None,  # learn from a half of the questions; get row numbers of `scores`
     seeds: Iterable[int] = range(10),  # of the halves
     level: float = 0.95,
     n_resamples: int = 1000,
     seed: int = 0,  # of the resamples
-) -> pd.DataFrame:  # one row per detector, `length` first; for each of `auroc, auprc, prr` its `_low, _high, _seed_low, _seed_high`; `n, wrong, left_out`
-    """AUROC, AUPRC and PRR of detectors with bootstrap intervals over questions and their range over seeds.
-    ValueError with the counts where a class is missing, FloatingPointError naming detector and answer of a score that is not finite."""
-    scores = pd.DataFrame(scores)
-    wrong, rows, groups = _ready(labels, groups, len(scores))
-    fixed = {name: np.asarray(scores[name], float) for name in scores}
-    for name, values in fixed.items():
-        check_scores(name, values[rows], rows=rows)
-    fitted, split_half = fitted or {}, [_split(wrong, rows, groups, 2, s)[0] for s in seeds]
-    if fitted and not split_half:
-        raise ValueError("detectors that must be fitted need at least one seed")
-    if both := sorted(fixed.keys() & fitted.keys()):
-        raise ValueError(f"{both[0]!r} is a column of scores and a fitted detector: give each a name of its own")
-    draws, table = _draws(groups, n_resamples, seed), {}
-    for name in sorted([*fixed, *fitted], key=lambda name: name != "length"):
-        by_half = [
-            fixed[name][test] if name in fixed else check_scores(name, fitted[name](train, test), rows=test)
-            for train, test in split_half
-        ]
-        by_seed = [
-            _measures(s, wrong[test], draws[:, test] if fitted else draws[:1, test])
-            for s, (_, test) in zip(by_half, split_half)
-        ]
-        found = by_seed if fitted else [_measures(fixed[name][rows], wrong[rows], draws[:, rows])]
-        table[name] = dict(n=len(rows), wrong=int(wrong[rows].sum()), left_out=len(wrong) - len(rows))
-        for i, measure in enumerate(MEASURES):
-            one_seed = [float(x[i, 0]) for x in by_seed] or [np.nan]
-            numbers = *_mean_and_ends(np.array([x[i] for x in found]), level), min(one_seed), max(one_seed)
-            table[name] |= dict(
-                zip((measure, *(f"{measure}_{end}" for end in ("low", "high", "seed_low", "seed_high"))), numbers)
-            )
-    return pd.DataFrame(table).T.astype(dict(n=int, wrong=int, left_out=int)).rename_axis("detector")
+) -> pd.DataFrame:  # one row per detector, `length` first; `auroc, auprc, prr`, of each its ends; counts
+    """Detectors with bootstrap intervals over questions (`_low, _high`) and their range over seeds (`_seed_low,
+    _seed_high`); `n, wrong, left_out` count answers. ValueError with the counts where a class is missing,
+    FloatingPointError naming a score that is not finite."""
+    wrong, rows, codes = _ready(labels, groups, len(pd.DataFrame(scores)))
+    scores = _finite_scores(pd.DataFrame(scores), rows)
+    splits = [_split(wrong, rows, codes, 2, s)[0] for s in seeds]
+    table, draws = {}, _draws(codes, n_resamples, seed)
+    for name, detector in _all_detectors(scores, fitted or {}, splits).items():
+        by_seed = _tested(name, detector, wrong, draws if fitted else draws[:1], splits)
+        found = by_seed if fitted else _tested(name, detector, wrong, draws, [(rows, rows)])
+        counts = dict(n=len(rows), wrong=int(wrong[rows].sum()), left_out=len(wrong) - len(rows))
+        table[name] = counts | _summary(found, by_seed, level)
+    return pd.DataFrame(table).T.astype(dict.fromkeys(("n", "wrong", "left_out"), int)).rename_axis("detector")
 
 # %% ../nbs/32_detection.ipynb #76fd9995
-def _arms(
-    rankings: dict[str, Ranking], train: np.ndarray, n_layers: int, k: int, n_random: int, rng
+def _choices(
+    rankings: dict[str, Ranking], train: np.ndarray, n_layers: int, k: int, n_random: int, rng: np.random.Generator
 ) -> dict[str, list[np.ndarray]]:
-    "The layers of each variant, a list of choices a variant, from the rows to learn from."
+    "The layers of each variant, a list of choices per variant, from the rows to learn from."
     ranked = {name: top_layers(ranking(train), n_layers) for name, ranking in rankings.items()}
-    if odd := [name for name, order in ranked.items() if len(order) != n_layers]:
-        raise ValueError(f"the ranking {odd[0]!r} has {len(ranked[odd[0]])} layers, the features have {n_layers}")
-    tops, first = {f"{name}, top {k}": [order[:k]] for name, order in ranked.items()}, next(iter(ranked))
-    return {
-        "baseline": [np.array([], int)],
-        **tops,
-        f"{first}, bottom {k}": [ranked[first][-k:]],
-        f"last {k}": [np.arange(n_layers - k, n_layers)],
-        f"random {k}": [rng.choice(n_layers, k, replace=False) for _ in range(n_random)],
-    }
+    for name, order in ranked.items():
+        if len(order) != n_layers:
+            raise ValueError(f"the ranking {name!r} has {len(order)} layers, the features have {n_layers}")
+    first = next(iter(ranked))
+    found = {"baseline": [np.array([], int)]}
+    found |= {f"{name}, top {k}": [order[:k]] for name, order in ranked.items()}
+    found[f"{first}, bottom {k}"] = [ranked[first][-k:]]
+    found[f"last {k}"] = [np.arange(n_layers - k, n_layers)]
+    found[f"random {k}"] = [rng.choice(n_layers, k, replace=False) for _ in range(n_random)]
+    return found
+
+# %% ../nbs/32_detection.ipynb #e32partsc
+def _halvings(wrong: np.ndarray, rows: np.ndarray, groups: np.ndarray, seeds: Iterable[int]) -> dict:
+    "{'': (train, test), …}: a half to learn from and a half to test on, for each seed."
+    return {str(seed): _split(wrong, rows, groups, 2, seed)[0] for seed in seeds}
 
 
-def _parts(
-    wrong: np.ndarray, rows: np.ndarray, groups: np.ndarray, sets: np.ndarray | None, seeds: Iterable[int]
-) -> dict:
-    "{name: (train, test)}: a half for each seed; or all sets but one, and that one. No question is on both sides."
-    if sets is None:
-        return {s: _split(wrong, rows, groups, 2, s)[0] for s in seeds}
+def _one_set_out(wrong: np.ndarray, rows: np.ndarray, groups: np.ndarray, sets: np.ndarray) -> dict:
+    "{set: (train, test)}: each set to test on after learning from the others, without the questions that it shares."
     parts = {}
     for name in dict.fromkeys(sets[rows]):
         test = rows[sets[rows] == name]
         train = rows[~np.isin(groups[rows], groups[test])]
-        for part, where in ((test, f"set {name!r}"), (train, f"the sets beside {name!r}")):
-            _both(wrong[part], where)
+        _check_classes(wrong[test], f"set {name!r}")
+        _check_classes(wrong[train], f"the sets other than {name!r}")
         parts[name] = train, test
     return parts
+
+# %% ../nbs/32_detection.ipynb #e32trial
+def _baseline_columns(baseline: Sequence | pd.DataFrame | np.ndarray, n: int) -> np.ndarray:  # (answers, columns)
+    "The columns of the baseline side by side; ValueError where they are none, or of other answers."
+    if isinstance(baseline, pd.DataFrame | np.ndarray):
+        columns = list(np.asarray(baseline, float).T)
+    else:
+        columns = [np.asarray(column, float) for column in baseline]
+    if not columns or any(column.shape != (n,) for column in columns):
+        raise ValueError(
+            f"the baseline is (length, log-probability) or the like, a number for each of {n} answers; "
+            f"not {[column.shape for column in columns]}"
+        )
+    return np.stack(columns, 1)
+
+
+def _named_rankings(ranking: Ranking | dict | None, features: np.ndarray, labels: Iterable) -> dict[str, Ranking]:
+    "Rankings by name, the one on trial first."
+    if isinstance(ranking, dict):
+        return ranking
+    return {"eavss": eavss_ranking(features, labels) if ranking is None else ranking}
+
+# %% ../nbs/32_detection.ipynb #e32trialc
+class _Data:
+    "Answers that layers are tried on: features, baseline, labels and questions, checked."
+
+    def __init__(self, features, labels, groups, baseline, k: int):
+        self.features = np.asarray(features, float)
+        self.n_layers = self.features.shape[1]
+        self.wrong, self.rows, self.groups = _ready(labels, groups, len(self.features))
+        self.baseline = _baseline_columns(baseline, len(self.features))
+        if not 1 <= k <= self.n_layers:
+            raise ValueError(f"k is between 1 and {self.n_layers}, the number of layers, not {k}")
+        _check_finite(np.hstack([self.baseline, self.features]), self.rows)
+
+    def parts(self, sets: Iterable | None, seeds: Iterable[int]) -> dict:
+        "{name: (train, test)}: halves by seed, or one set out."
+        if sets is None:
+            return _halvings(self.wrong, self.rows, self.groups, seeds)
+        return _one_set_out(self.wrong, self.rows, self.groups, pd.Series(list(sets)).to_numpy(object))
+
+# %% ../nbs/32_detection.ipynb #e32trialt
+class _Trial(_Data):
+    "… and what choices of layers do there."
+
+    def auroc(self, layers: np.ndarray, folds: list, test: np.ndarray, draws: np.ndarray) -> np.ndarray:  # (draws,)
+        "Of a logistic regression on the baseline and some layers, out of fold."
+        columns = np.hstack([self.baseline, self.features[:, layers]])
+        scores = _over_folds(columns, self.wrong, folds)
+        return _measures(scores[test], self.wrong[test], draws[:, test])[0]
+
+    def run(
+        self, rankings: dict, parts: dict, draws: np.ndarray, k, n_random, n_folds, seed, where
+    ) -> tuple[dict, dict]:
+        "By variant: AUROCs (parts, draws), the mean over choices; and all choices of layers."
+        rng = np.random.default_rng(seed)
+        found: dict[str, list] = {}
+        chosen: dict[str, list] = {}
+        for name, (train, test) in parts.items():
+            folds = _split(self.wrong, test, self.groups, n_folds, seed, where.format(name))
+            for variant, choices in _choices(rankings, train, self.n_layers, k, n_random, rng).items():
+                aurocs = [self.auroc(layers, folds, test, draws) for layers in choices]
+                found.setdefault(variant, []).append(np.mean(aurocs, 0))
+                chosen.setdefault(variant, []).extend(choices)
+        return {variant: np.array(values) for variant, values in found.items()}, chosen
+
+# %% ../nbs/32_detection.ipynb #e32often
+def _most_chosen(choices: list[np.ndarray], k: int) -> list[int]:
+    "The k layers that were chosen most often, in the order of the model."
+    often = pd.Series(np.concatenate(choices)).value_counts().sort_index(kind="stable")
+    return sorted(often.nlargest(k).index.astype(int).tolist())
+
+
+def _value_table(found: dict[str, np.ndarray], chosen: dict, k: int, level: float, sets: Iterable) -> pd.DataFrame:
+    "Means over parts with intervals; one row per variant; `found`: (parts, 1 + draws) each."
+    base, random, table = found["baseline"], found[f"random {k}"], {}
+    for variant, values in found.items():
+        row: dict = dict(auroc=values[:, 0].mean())
+        row["adds"], row["low"], row["high"] = _mean_and_ends(values - base, level)
+        over_random, low, high = _mean_and_ends(values - random, level)
+        row |= dict(over_random=over_random, over_random_low=low, over_random_high=high)
+        row["layers"] = [] if variant == f"random {k}" else _most_chosen(chosen[variant], k)
+        row |= {name: values[i, 0] - base[i, 0] for i, name in enumerate(sets)}
+        table[variant] = row
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("variant")
 
 # %% ../nbs/32_detection.ipynb #293bcaea
 def ranking_value(
@@ -628,71 +852,23 @@ def ranking_value(
     labels: Iterable,  # as in `evaluate_detectors`
     *,
     groups: Iterable | None = None,  # the question of each answer
-    ranking: Ranking
-    | dict
-    | None = None,  # on trial; or {name: ranking}, the first on trial, the others rivals; default `eavss_ranking`
+    ranking: Ranking | dict | None = None,  # on trial, or {name: ranking}, rivals after it; default `eavss_ranking`
     k: int = 3,  # layers
     baseline: Sequence = (),  # (answers,) each, e.g. (length, log-probability); or (answers, columns)
-    sets: Iterable
-    | None = None,  # the data set of each answer: test on each after learning from the others; default: halves
+    sets: Iterable | None = None,  # the data set of each answer: test on each, learn from the others; default: halves
     seeds: Iterable[int] = range(10),  # of the halves
-    n_random: int = 10,  # random choices of k layers for each split
+    n_random: int = 10,  # random choices of k layers for each part
     n_folds: int = 5,  # of the part that is tested
     level: float = 0.95,
     n_resamples: int = 1000,
     seed: int = 0,
-) -> pd.DataFrame:  # one row per variant: `auroc` of baseline + layers; what it `adds, low, high` to the baseline; `over_random, …_low, …_high`; `layers`
-    """What k layers, ranked on other questions, add to the AUROC of an out-of-fold logistic regression on the baseline; means over splits,
-    paired bootstrap over questions. With `sets` a column for each shows what is added there. Errors as in `evaluate_detectors`."""
-    x = np.asarray(features, float)
-    wrong, rows, groups = _ready(labels, groups, len(x))
-    columns = (
-        list(np.asarray(baseline, float).T)
-        if isinstance(baseline, pd.DataFrame | np.ndarray)
-        else [np.asarray(c, float) for c in baseline]
-    )
-    if not columns or any(c.shape != (len(x),) for c in columns):
-        raise ValueError(
-            f"the baseline is (length, log-probability) or the like, a number for each of {len(x)} answers; not {[c.shape for c in columns]}"
-        )
-    known = np.stack(columns, 1)
-    if not 1 <= k <= x.shape[1]:
-        raise ValueError(f"k is between 1 and {x.shape[1]}, the number of layers, not {k}")
-    _all_finite(np.hstack([known, x]), rows)
-    rankings = (
-        ranking if isinstance(ranking, dict) else {"eavss": eavss_ranking(x, labels) if ranking is None else ranking}
-    )
-    sets = None if sets is None else pd.Series(list(sets)).to_numpy(object)
-    draws, rng, found, chosen = _draws(groups, n_resamples, seed), np.random.default_rng(seed), {}, {}
-    parts = _parts(wrong, rows, groups, sets, seeds)
-    for name, (train, test) in parts.items():
-        folds = _split(wrong, test, groups, n_folds, seed, f"set {name!r}: " if sets is not None else "")
-        for variant, choices in _arms(rankings, train, x.shape[1], k, n_random, rng).items():
-            scores = [_over_folds(np.hstack([known, x[:, layers]]), wrong, folds)[test] for layers in choices]
-            found.setdefault(variant, []).append(
-                np.mean([_measures(s, wrong[test], draws[:, test])[0] for s in scores], 0)
-            )
-            chosen.setdefault(variant, []).extend(choices)
-    return _value_table(
-        {variant: np.array(a) for variant, a in found.items()}, chosen, k, level, parts if sets is not None else ()
-    )
-
-
-def _value_table(
-    found: dict, chosen: dict, k: int, level: float, sets: Iterable
-) -> pd.DataFrame:  # {variant: (splits, 1 + draws)}
-    "Means over splits with intervals."
-    base, random, table = found["baseline"], found[f"random {k}"], {}
-    for variant, values in found.items():
-        table[variant] = dict(auroc=values[:, 0].mean()) | dict(
-            zip(("adds", "low", "high"), _mean_and_ends(values - base, level))
-        )
-        table[variant] |= dict(
-            zip(("over_random", "over_random_low", "over_random_high"), _mean_and_ends(values - random, level))
-        )
-        often = pd.Series(np.concatenate(chosen[variant])).value_counts().sort_index(kind="stable")
-        table[variant]["layers"] = (
-            [] if variant == f"random {k}" else sorted(often.nlargest(k).index.astype(int).tolist())
-        )
-        table[variant] |= {name: values[i, 0] - base[i, 0] for i, name in enumerate(sets)}
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("variant")
+) -> (
+    pd.DataFrame
+):  # one row per variant: `auroc, adds, low, high, over_random, …_low, …_high, layers`; one column per set
+    """What k layers, ranked on other questions, add to the out-of-fold AUROC of a baseline, and what random ones add:
+    means over parts, paired bootstrap over questions. Errors as in `evaluate_detectors`."""
+    trial = _Trial(features, labels, groups, baseline, k)
+    parts, rankings = trial.parts(sets, seeds), _named_rankings(ranking, trial.features, labels)
+    draws, where = _draws(trial.groups, n_resamples, seed), "" if sets is None else "set {!r}: "
+    found, chosen = trial.run(rankings, parts, draws, k, n_random, n_folds, seed, where)
+    return _value_table(found, chosen, k, level, [] if sets is None else parts)
