@@ -743,7 +743,7 @@ def check_training(
     questions: Dataset,  # as in `contrastive_tune`
     layers: Iterable[int],
     *,
-    recipe: ContrastiveRecipe,
+    recipe: ContrastiveRecipe,  # the loss and the steps
 ) -> TrainingPlan:
     "The plan of a training; ValueError for what cannot be trained, before anything is."
     _check_model(model)

@@ -1,4 +1,5 @@
-"""Children that are killed: runs are forked from one process with everything imported, and get SIGKILL at a moment drawn by a seed, until they finish."""
+"""Children that are killed: runs are forked from one process with everything imported, and get SIGKILL at a moment drawn
+by a seed, until they finish."""
 
 import json
 import os
@@ -20,8 +21,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import avss_nb.labeling
+import avss_nb.report
 import avss_nb.shipping
-import avss_nb.study
 from avss_nb.ablations import run_variants
 from avss_nb.contrastive import contrastive_tune
 from avss_nb.labeling import generate_answers
@@ -82,7 +83,8 @@ def child(
 
 
 def endure(job: Callable[[Path], None], folder: Path, dice: random.Random, most_changes: int, seconds: float) -> dict:
-    "Start, kill, start again until the job ends by itself: how often it was killed, and between two changes or at a point in time."
+    """Start, kill, start again until the job ends by itself: how often it was killed, and between two changes or at a point
+    in time."""
     counts, first = dict(changes=0, torn=0, time=0), iter((1, 2, 3, 4))  # the first changes claim the folder
     while True:
         early = next(first, None)
@@ -122,8 +124,9 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
     wanted = Settings(model=model_folder, **SMALL)
     data, parts = study_data(wanted), load_model(model_folder, device="cpu")
     llama, tokenizer = tiny("llama"), AutoTokenizer.from_pretrained(model_folder)
-    for module in (avss_nb.study, avss_nb.shipping):
-        module.study_data, module.load_model = (lambda settings: data), (lambda *args, **options: parts)
+    for module in (avss_nb.report, avss_nb.shipping):
+        module.study_data = lambda settings: data
+        module.load_model = lambda *args, **options: parts
     avss_nb.labeling._CHUNK = 2
 
     def study(out: Path):
@@ -136,11 +139,13 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
     def answers(out: Path):
         generate_answers(parts[0], tokenizer, Dataset.from_list(ASKED), n_samples=1, max_new_tokens=6, stop=(), out=out)
 
-    arms_ = dict(top=[dict(layers=[2, 3], rank=2)], last=[dict(layers=[4], rank=2, objective=None)], base_model=None)
+    trainings = dict(
+        top=[dict(layers=[2, 3], rank=2)], last=[dict(layers=[4], rank=2, objective=None)], base_model=None
+    )
 
     def variants(out: Path):
         run_variants(
-            llama, Letters(), QUESTIONS, arms_, chosen, seeds=(0,), out=out, **SHORT | dict(steps=6, save_every=2)
+            llama, Letters(), QUESTIONS, trainings, chosen, seeds=(0,), out=out, **SHORT | dict(steps=6, save_every=2)
         )
 
     def tune(out: Path):
@@ -156,15 +161,15 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
 
 if __name__ == "__main__":
     place, model_folder, seed, plan = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
-    labelled, dice = {}, random.Random(seed)
+    counts, dice = {}, random.Random(seed)
     for name, job in jobs(model_folder).items():
         if name not in plan:
             continue
         seconds = undisturbed(job, place / f"{name}-whole")
-        labelled[name] = []
-        while sum(sum(t.values()) for t in labelled[name]) < plan[name]["kills"]:
-            labelled[name].append(
-                endure(job, place / f"{name}-{len(labelled[name])}", dice, plan[name]["changes"], seconds)
+        counts[name] = []
+        while sum(sum(t.values()) for t in counts[name]) < plan[name]["kills"]:
+            counts[name].append(
+                endure(job, place / f"{name}-{len(counts[name])}", dice, plan[name]["changes"], seconds)
             )
-        print(name, round(seconds, 1), labelled[name], round(time.process_time(), 1), file=sys.stderr, flush=True)
-    print(json.dumps(labelled))
+        print(name, round(seconds, 1), counts[name], round(time.process_time(), 1), file=sys.stderr, flush=True)
+    print(json.dumps(counts))

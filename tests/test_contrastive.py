@@ -1,4 +1,5 @@
-"""Contrastive training beyond its chapters: families, padding, precisions, processes that are killed, and what must stay as it was."""
+"""Contrastive training beyond its chapters: families, padding, precisions, processes that are killed, and what must
+stay as it was. The long sweeps are marked slow."""
 
 import os
 import random
@@ -111,7 +112,10 @@ def test_a_step_down_brings_the_answer_near_and_the_negative_away(loss):
     draw = torch.Generator().manual_seed(0)
     a, p, n = (torch.randn(5, *shape, generator=draw).requires_grad_() for shape in ((6,), (6,), (2, 6)))
     loss(a, p, n).backward()
-    near = lambda a, p, n: F.cosine_similarity(a, p).mean() - F.cosine_similarity(a[:, None], n, dim=-1).mean()
+
+    def near(a, p, n):
+        return F.cosine_similarity(a, p).mean() - F.cosine_similarity(a[:, None], n, dim=-1).mean()
+
     with torch.no_grad():
         for moved in ((a - 0.01 * a.grad, p, n), (a, p - 0.01 * p.grad, n), (a, p, n - 0.01 * n.grad)):
             assert near(*moved) > near(a, p, n)
@@ -215,7 +219,10 @@ def test_losses_do_not_depend_on_the_other_questions_of_the_batch(objective):
     if objective == "prototype":
         pytest.skip("its poles are the batch's")
     model, rows = tiny("llama"), rows_of()
-    one = lambda i: [r for r in rows if r["question"] == i]
+
+    def one(i):
+        return [r for r in rows if r["question"] == i]
+
     with torch.no_grad():
         together = contrastive_losses(model, _aligned(one(1) + one(5), 1), [1, 3], objective=objective)
         apart = [contrastive_losses(model, _aligned(one(i), 1), [1, 3], objective=objective) for i in (1, 5)]
@@ -385,10 +392,17 @@ torch.set_num_threads(1)
 def slowly(step, terms):
     print(step, flush=True)
     if {slow}: time.sleep(.1)
-variants = {{"top": [dict(layers=[2, 3], rank=2)], "last": [dict(layers=[4], rank=2, objective=None)], "base_model": None}}
-items = run_variants(tiny("llama"), Letters(), QUESTIONS, variants, chosen, seeds=(0, 1), out={out!r}, **SHORT | dict(steps=10, save_every=2), on_step=slowly)
+items = all_variants({out!r}, slowly)
 items.to_pickle({out!r} + ".table")
 """
+
+
+def all_variants(out, on_step=None, steps=10):
+    "Two variants with two seeds each, and the base model."
+    top, last = dict(layers=[2, 3], rank=2), dict(layers=[4], rank=2, objective=None)
+    variants = dict(top=[top], last=[last], base_model=None)
+    options = SHORT | dict(steps=steps, save_every=2, on_step=on_step)
+    return run_variants(tiny("llama"), Letters(), QUESTIONS, variants, chosen, seeds=(0, 1), out=out, **options)
 
 
 def chosen(model):
@@ -409,6 +423,25 @@ def run(out, slow):
     )
 
 
+def test_stopped_variants_resume_to_the_same_table(tmp_path):
+    steps = []
+
+    def stop(step, terms):
+        steps.append(step)
+        if len(steps) == 8:
+            raise KeyboardInterrupt  # in the second training, after its second checkpoint
+
+    with pytest.raises(KeyboardInterrupt):
+        all_variants(tmp_path / "cut", stop, steps=5)
+    assert [p.name for p in (tmp_path / "cut" / "training").iterdir()] == ["top-0-1"]
+    assert (tmp_path / "cut" / "top-0-0.csv").exists()
+    resumed = []
+    items = all_variants(tmp_path / "cut", lambda step, terms: resumed.append(step), steps=5)
+    assert resumed == [2, 3, 4, *range(5), *range(5)]
+    pd.testing.assert_frame_equal(items, all_variants(tmp_path / "straight", steps=5), rtol=1e-6)
+
+
+@pytest.mark.slow
 def test_killed_variants_resume_to_the_same_table(tmp_path):
     first, seen = run(tmp_path / "cut", slow=True), 0
     for line in first.stdout:
@@ -430,15 +463,17 @@ def test_killed_variants_resume_to_the_same_table(tmp_path):
 
 
 def test_variants_are_checked_before_anything_is_trained():
-    model, log_step = tiny("llama"), []
-    go = lambda **variants: run_variants(
-        model, Letters(), QUESTIONS, variants, chosen, seeds=[0], on_step=lambda *a: log_step.append(a), **SHORT
-    )
+    model, steps = tiny("llama"), []
+
+    def go(**variants):
+        options = SHORT | dict(seeds=[0], on_step=lambda *step: steps.append(step))
+        run_variants(model, Letters(), QUESTIONS, variants, chosen, **options)
+
     with pytest.raises(ValueError, match="no layer 7"):
         go(good=[dict(layers=[1])], bad=[dict(layers=[7])])
     with pytest.raises(ValueError, match="no linear layer 'query'"):
         go(good=[dict(layers=[1])], bad=[dict(layers=[1], targets=["query"])])
-    assert not log_step
+    assert not steps
     with pytest.raises(ValueError, match="k=6: this model has 5 layers"):
         choose_variants(pd.Series(range(5)), k=6)
 
@@ -497,7 +532,8 @@ def test_perplexity_is_of_all_tokens_and_items_must_agree():
 
 
 def test_variants_are_drawn_from_the_top():
-    "In the table's order without the variant that they are compared with, or in a given one; a variant that one measure does not move is there."
+    """In the table's order without the variant that they are compared with, or in a given one; a variant that one measure
+    does not move is there."""
     index = pd.MultiIndex.from_product(
         [["x"], ["mc1", "margin"], ["late", "early", "base_model"]], names=["set", "measure", "variant"]
     )
