@@ -1,5 +1,5 @@
-"""Children that are killed: runs are forked from one process with everything imported, and get SIGKILL at a moment drawn
-by a seed, until they finish."""
+"""Children that are killed: runs are forked from one process with everything imported, and get SIGKILL at a moment
+drawn by a seed, until they finish."""
 
 import json
 import os
@@ -83,8 +83,8 @@ def child(
 
 
 def endure(job: Callable[[Path], None], folder: Path, dice: random.Random, most_changes: int, seconds: float) -> dict:
-    """Start, kill, start again until the job ends by itself: how often it was killed, and between two changes or at a point
-    in time."""
+    """Start, kill, start again until the job ends by itself: how often it was killed, and between two changes or at a
+    point in time."""
     counts, first = dict(changes=0, torn=0, time=0), iter((1, 2, 3, 4))  # the first changes claim the folder
     while True:
         early = next(first, None)

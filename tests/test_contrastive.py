@@ -532,8 +532,8 @@ def test_perplexity_is_of_all_tokens_and_items_must_agree():
 
 
 def test_variants_are_drawn_from_the_top():
-    """In the table's order without the variant that they are compared with, or in a given one; a variant that one measure
-    does not move is there."""
+    """In the table's order without the variant that they are compared with, or in a given one; a variant that one
+    measure does not move is there."""
     index = pd.MultiIndex.from_product(
         [["x"], ["mc1", "margin"], ["late", "early", "base_model"]], names=["set", "measure", "variant"]
     )
