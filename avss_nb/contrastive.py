@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'OBJECTIVES', 'info_nce', 'triplet_loss', 'prototype_loss', 'likelihood_contrast', 'own_wrong_answers',
-           'contrast_rows', 'contrast_losses', 'rows_key', 'FrozenPrefix', 'check_training', 'contrastive_tune',
-           'contrastive_cosines', 'contrastive_score']
+           'contrastive_rows', 'contrastive_losses', 'rows_key', 'FrozenPrefix', 'ContrastiveRecipe', 'TrainingPlan',
+           'check_training', 'contrastive_tune', 'contrastive_cosines', 'contrastive_score']
 
 # %% ../nbs/33_contrastive.ipynb #a08fd8aa
 import hashlib
@@ -13,55 +13,69 @@ import inspect
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from fastcore.meta import delegates
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# %% ../nbs/33_contrastive.ipynb #a08fd8ab
 from .data import QUESTION, batch_rows, distractor_kinds
 from .evaluation import is_causal
 from .hooks import block_input, hidden_state, model_inputs, read_activations
 from .models import blocks, model_key
 from .runs import RunDirectory
-from .surgery import PassThrough, check_layers, replaced_blocks, skip_layers
+from .surgery import PassThrough, check_layers, layer_of, replaced_blocks, skip_layers
 from .training import last_checkpoint, seeded_rng, train_adapter, trainer_arguments
 
 # %% ../nbs/33_contrastive.ipynb #68b01944
-def _similarities(
-    anchor: torch.Tensor,
-    positive: torch.Tensor,
-    negatives: torch.Tensor | None = None,
-    keep: torch.Tensor | None = None,
-    groups: torch.Tensor | None = None,
-    in_batch: bool | None = None,
-) -> torch.Tensor:
-    "(B, 1 + N) cosines of the anchors with their positive, then with their negatives; −inf where there is none. ValueError for shapes that do not fit."
+def _check_shapes(anchor: torch.Tensor, positive: torch.Tensor, negatives: torch.Tensor | None):
+    "ValueError for anchors, positives and negatives whose shapes do not fit."
     if anchor.ndim != 2 or anchor.shape != positive.shape:
         raise ValueError(f"anchor and positive are (B, D) both, not {tuple(anchor.shape)} and {tuple(positive.shape)}")
     if negatives is not None and (negatives.ndim != 3 or negatives.shape[::2] != anchor.shape):
         raise ValueError(f"negatives are (B, K, D) with B, D = {tuple(anchor.shape)}, not {tuple(negatives.shape)}")
-    a, p = (F.normalize(x.float(), dim=-1) for x in (anchor, positive))
-    found = [(a * p).sum(-1, keepdim=True)]
+
+
+def _to_given(a: torch.Tensor, negatives: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    "(B, K) cosines of the anchors with their given negatives; −inf where `keep` says that there is none."
+    cosines = torch.einsum("bd,bkd->bk", a, F.normalize(negatives.float(), dim=-1))
+    return cosines if keep is None else cosines.masked_fill(~keep, -torch.inf)
+
+# %% ../nbs/33_contrastive.ipynb #68b01945
+def _to_others(a: torch.Tensor, p: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+    "(B, B) cosines of the anchors with the other rows' positives; −inf for rows of one group."
+    if groups is None:
+        groups = torch.arange(len(a), device=a.device)
+    return (a @ p.T).masked_fill(groups[:, None] == groups, -torch.inf)
+
+
+def _similarities(anchor, positive, negatives=None, *, keep=None, groups=None, in_batch=None) -> torch.Tensor:
+    "(B, 1 + N) cosines of the anchors with their positive, then with their negatives; −inf where there is none."
+    _check_shapes(anchor, positive, negatives)
+    a, p = F.normalize(anchor.float(), dim=-1), F.normalize(positive.float(), dim=-1)
+    cosines = [(a * p).sum(-1, keepdim=True)]
     if negatives is not None:
-        given = torch.einsum("bd,bkd->bk", a, F.normalize(negatives.float(), dim=-1))
-        found.append(given if keep is None else given.masked_fill(~keep, -torch.inf))
-    if negatives is None if in_batch is None else in_batch:
-        same = torch.eye(len(a), dtype=torch.bool, device=a.device) if groups is None else groups[:, None] == groups
-        found.append((a @ p.T).masked_fill(same, -torch.inf))
-    return torch.cat(found, 1)
+        cosines.append(_to_given(a, negatives, keep))
+    if in_batch is None:
+        in_batch = negatives is None
+    if in_batch:
+        cosines.append(_to_others(a, p, groups))
+    return torch.cat(cosines, 1)
 
-
+# %% ../nbs/33_contrastive.ipynb #68b01946
 def info_nce(
     anchor: torch.Tensor,  # (B, D)
     positive: torch.Tensor,  # (B, D)
@@ -72,11 +86,13 @@ def info_nce(
     groups: torch.Tensor | None = None,  # (B,): rows of one group are no negatives of each other
     in_batch: bool | None = None,  # the other rows' positives too; default: only where no negatives are given
 ) -> torch.Tensor:  # scalar, nats; 0 for a row without negatives
-    "InfoNCE over cosines, mean of the rows (arXiv 1807.03748; the second paper's own form is not published). ValueError for shapes that do not fit."
+    """InfoNCE over cosines, mean of the rows (arXiv 1807.03748; the second paper's own form is not published).
+    ValueError for shapes that do not fit."""
     if not temperature > 0:
         raise ValueError(f"the temperature is above 0, not {temperature}")
-    scaled = _similarities(anchor, positive, negatives, keep, groups, in_batch) / temperature
-    return (scaled.logsumexp(1) - scaled[:, 0]).mean()
+    cosines = _similarities(anchor, positive, negatives, keep=keep, groups=groups, in_batch=in_batch)
+    logits = cosines / temperature
+    return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 # %% ../nbs/33_contrastive.ipynb #7015328e
 def triplet_loss(
@@ -89,14 +105,23 @@ def triplet_loss(
     groups: torch.Tensor | None = None,
     in_batch: bool | None = None,
 ) -> torch.Tensor:  # scalar, 0 to 2 + margin; 0 where there is no negative
-    "Mean of max(0, m + cos(a, n) − cos(a, p)) over all pairs that there are (arXiv 1503.03832, on cosines). ValueError for shapes that do not fit."
+    """Mean of max(0, m + cos(a, n) − cos(a, p)) over all pairs that there are (arXiv 1503.03832, on cosines).
+    ValueError for shapes that do not fit."""
     if not margin >= 0:
         raise ValueError(f"the margin is at least 0, not {margin}")
-    found = _similarities(anchor, positive, negatives, keep, groups, in_batch)
-    there = found[:, 1:].isfinite()
-    return (margin + found[:, 1:].masked_fill(~there, -9.0) - found[:, :1]).clamp_min(0).sum() / there.sum().clamp_min(
-        1
-    )
+    cosines = _similarities(anchor, positive, negatives, keep=keep, groups=groups, in_batch=in_batch)
+    to_positive, to_negatives = cosines[:, :1], cosines[:, 1:]
+    there = to_negatives.isfinite()
+    hinge = (margin + to_negatives.masked_fill(~there, 0.0) - to_positive).clamp_min(0)
+    return hinge.masked_fill(~there, 0.0).sum() / there.sum().clamp_min(1)
+
+# %% ../nbs/33_contrastive.ipynb #aefb7c5e
+def _mean_directions(directions: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    "(C, D): the mean direction of each class; ValueError for a class without a state."
+    counts = torch.bincount(classes)
+    if len(counts) < 2 or (counts == 0).any():
+        raise ValueError(f"prototypes are made of states of every class, and there are {counts.tolist()}")
+    return torch.stack([directions[classes == c].mean(0) for c in range(len(counts))])
 
 # %% ../nbs/33_contrastive.ipynb #aefb7c5f
 def prototype_loss(
@@ -106,392 +131,480 @@ def prototype_loss(
     prototypes: torch.Tensor | None = None,  # (C, D); default: the mean direction of each class among these states
     temperature: float = 0.1,
 ) -> torch.Tensor:  # scalar, nats
-    "Cross-entropy of each state's cosines with the prototypes (after TSV, arXiv 2503.01917; our reading). ValueError for a class without a state or a prototype."
+    """Cross-entropy of each state's cosines with the prototypes (after TSV, arXiv 2503.01917; our reading).
+    ValueError for a class without a state or a prototype."""
     if not temperature > 0:
         raise ValueError(f"the temperature is above 0, not {temperature}")
-    r = F.normalize(states.float(), dim=-1)
+    directions = F.normalize(states.float(), dim=-1)
     if prototypes is None:
-        counts = torch.bincount(classes)
-        if len(counts) < 2 or (counts == 0).any():
-            raise ValueError(f"prototypes are made of states of every class, and there are {counts.tolist()}")
-        prototypes = torch.stack([r[classes == c].mean(0) for c in range(len(counts))])
+        prototypes = _mean_directions(directions, classes)
     elif classes.max() >= len(prototypes):
         raise ValueError(f"class {int(classes.max())} has no prototype: there are {len(prototypes)}")
-    return F.cross_entropy(r @ F.normalize(prototypes.float(), dim=-1).T / temperature, classes)
+    cosines = directions @ F.normalize(prototypes.float(), dim=-1).T
+    return F.cross_entropy(cosines / temperature, classes)
 
 # %% ../nbs/33_contrastive.ipynb #09c76e3e
 def likelihood_contrast(
-    logprobs: torch.Tensor,  # (B, 1 + K): log-probability of the right answer, then of wrong ones; nats, summed over tokens
+    logprobs: torch.Tensor,  # (B, 1 + K): of the right answer, then of wrong ones; nats, summed over tokens
     *,
     keep: torch.Tensor | None = None,  # (B, K) bool: which wrong ones are there
     temperature: float = 1.0,
 ) -> torch.Tensor:  # scalar, nats; 0 for a row without wrong answers
-    "−log softmax of the right answer among all, mean of the rows (our reading: contrastive learning on likelihoods). ValueError for a temperature that is not above 0."
+    """−log softmax of the right answer among all, mean of the rows (our reading: contrastive learning on likelihoods).
+    ValueError for a temperature that is not above 0."""
     if not temperature > 0:
         raise ValueError(f"the temperature is above 0, not {temperature}")
-    scaled = logprobs.float() / temperature
+    logits = logprobs.float() / temperature
     if keep is not None:
-        scaled = torch.cat([scaled[:, :1], scaled[:, 1:].masked_fill(~keep, -torch.inf)], 1)
-    return (scaled.logsumexp(1) - scaled[:, 0]).mean()
+        wrong = logits[:, 1:].masked_fill(~keep, -torch.inf)
+        logits = torch.cat([logits[:, :1], wrong], 1)
+    return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 # %% ../nbs/33_contrastive.ipynb #aea31ae2
+def _wrong_by_question(answers: Dataset, label: str) -> dict[str, Counter]:
+    "How often the model gave each wrong answer, by the question's id."
+    found: dict[str, Counter] = {}
+    for question, answer, verdict in zip(answers["id"], answers["answer"], answers[label]):
+        if verdict == "wrong":
+            found.setdefault(question, Counter())[answer] += 1
+    return found
+
+
 def own_wrong_answers(
     questions: Dataset,  # `id, question, answers, distractors, …`
     answers: Dataset,  # the model's own, from `generate_answers`, with labels
     *,
     label: str = "alias",  # the label column
 ) -> Dataset:  # the questions, each with its own wrong answers (most frequent first) before its distractors
-    "Take what a model answered wrongly for a distractor. ValueError for a label column that is not there."
+    "Take the wrong answers of a model for distractors. ValueError for a label column that is not there."
     if label not in answers.column_names:
         raise ValueError(f"no labels {label!r} in the answers: run label_answers(answers, {label!r})")
-    said = {}
-    for id, answer, verdict in zip(answers["id"], answers["answer"], answers[label]):
-        if verdict == "wrong":
-            said.setdefault(id, Counter())[answer] += 1
-    more = lambda row: dict(
-        distractors=[*dict.fromkeys([a for a, _ in said.get(row["id"], Counter()).most_common()] + row["distractors"])]
-    )
-    return Dataset.from_list([row | more(row) for row in questions], features=QUESTION)
+    wrong, rows = _wrong_by_question(answers, label), []
+    for row in questions:
+        own = [answer for answer, _ in wrong.get(row["id"], Counter()).most_common()]
+        rows.append(row | dict(distractors=list(dict.fromkeys(own + row["distractors"]))))
+    return Dataset.from_list(rows, features=QUESTION)
+
+# %% ../nbs/33_contrastive.ipynb #aea31ae3
+def _without_repeats(texts: Iterable[str]) -> list[str]:
+    "Texts that differ in more than case and white space: the first spelling, in the place of the last; none is empty."
+    found: dict[str, str] = {}
+    for text in reversed(list(texts)):
+        if text.strip():
+            found[text.casefold().strip()] = text
+    return list(found.values())[::-1]
 
 
-def contrast_rows(
+def _negatives(question: dict, most: int) -> tuple[list[str], dict[str, int]]:
+    "The first wrong answers of a question, and counts of what was kept and dropped."
+    wrong = _without_repeats(question["distractors"])
+    kinds = distractor_kinds(question["answers"], wrong)
+    true = [text for text, kind in zip(wrong, kinds) if kind in ("equal", "near")]
+    kept = [text for text in wrong if text not in true][:most]
+    repeats = len(question["distractors"]) - len(wrong)
+    return kept, dict(negatives=len(kept), false_negatives=len(true), repeats=repeats, without=int(not kept))
+
+# %% ../nbs/33_contrastive.ipynb #aea31ae4
+def _answer_ids(tokenizer: PreTrainedTokenizerBase, question: dict, prompt: str, answer: str, end: str):
+    "Token ids of the prompt and of the answer; ValueError for an answer without a token of its own."
+    start = len(tokenizer(prompt).input_ids)
+    ids = tokenizer(f"{prompt} {answer}{end}").input_ids
+    if not 0 < start < len(ids):
+        raise ValueError(
+            f"the answer {answer!r} of question {question['id']!r} has no token of its own after its prompt"
+        )
+    return ids[:start], ids[start:]
+
+# %% ../nbs/33_contrastive.ipynb #aea31ae5
+def contrastive_rows(
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,  # with `answers` and `distractors`
     *,
-    negatives: int = 3,  # at most so many a question, the first ones
+    negatives: int = 3,  # per question at most, the first ones
     template: str = "Question: {question}\nAnswer:",
     end: str = "\n",  # closes an answer and is learnt with it
 ) -> tuple[list[dict], dict]:  # rows `question, gold, prompt, answer` (token ids), a question's right one first; counts
-    """Training rows, and counts: `questions`, `negatives`, `false_negatives` (equal to a right answer, or near), `repeats`, `without` (questions
-    without a negative). ValueError for a question without an answer, or an answer without a token."""
+    """Training rows, and counts: `questions`, `negatives`, `false_negatives` (equal to a right answer, or near),
+    `repeats`, `without` (questions without a negative). ValueError for a question without an answer, or an answer
+    without a token."""
     rows, counts = [], Counter(questions=len(questions), negatives=0, false_negatives=0, repeats=0, without=0)
-    for number, q in enumerate(questions):
-        if not q["answers"]:
-            raise ValueError(f"question {q['id']!r} has no right answer to learn")
-        wrong = list({d.casefold().strip(): d for d in reversed(q["distractors"]) if d.strip()}.values())[::-1]
-        true = [d for d, kind in zip(wrong, distractor_kinds(q["answers"], wrong)) if kind in ("equal", "near")]
-        kept = [d for d in wrong if d not in true][:negatives]
-        counts.update(
-            negatives=len(kept), false_negatives=len(true), repeats=len(q["distractors"]) - len(wrong), without=not kept
-        )
-        prompt = template.format(**q)
-        start = len(tokenizer(prompt).input_ids)
-        for answer in (q["answers"][0], *kept):
-            ids = tokenizer(f"{prompt} {answer}{end}").input_ids
-            if not 0 < start < len(ids):
-                raise ValueError(
-                    f"the answer {answer!r} of question {q['id']!r} has no token of its own behind its prompt"
-                )
-            rows.append(dict(question=number, gold=answer is q["answers"][0], prompt=ids[:start], answer=ids[start:]))
+    for number, question in enumerate(questions):
+        if not question["answers"]:
+            raise ValueError(f"question {question['id']!r} has no right answer to learn")
+        right, prompt = question["answers"][0], template.format(**question)
+        wrong, found = _negatives(question, negatives)
+        counts.update(found)
+        for answer in (right, *wrong):
+            prompt_ids, answer_ids = _answer_ids(tokenizer, question, prompt, answer, end)
+            rows.append(dict(question=number, gold=answer is right, prompt=prompt_ids, answer=answer_ids))
     return rows, dict(counts)
+
+# %% ../nbs/33_contrastive.ipynb #ae2e0323
+def _padded(rows: list[dict], pad_id: int) -> dict:
+    "(R, P + A) `input_ids` and `attention_mask` in which all answers begin at column P; `length` (R,) of the answers."
+    P = max(len(row["prompt"]) for row in rows)
+    A = max(len(row["answer"]) for row in rows)
+    ids, mask = torch.full((len(rows), P + A), pad_id), torch.zeros(len(rows), P + A, dtype=torch.long)
+    for i, row in enumerate(rows):
+        columns = slice(P - len(row["prompt"]), P + len(row["answer"]))
+        ids[i, columns] = torch.tensor(row["prompt"] + row["answer"])
+        mask[i, columns] = 1
+    length = torch.tensor([len(row["answer"]) for row in rows])
+    return dict(input_ids=ids, attention_mask=mask, length=length, width=A)
 
 # %% ../nbs/33_contrastive.ipynb #ae2e0324
 def _aligned(rows: list[dict], pad_id: int) -> dict:
-    "(R, P + A) tensors in which all answers begin at column P; `length` (R,) of the answers, `width` A; `gold` (B,), `wrong` (B, K) row numbers, `keep` (B, K)."
-    P, A = (max(len(r[part]) for r in rows) for part in ("prompt", "answer"))
-    ids, mask = torch.full((len(rows), P + A), pad_id), torch.zeros(len(rows), P + A, dtype=torch.long)
-    by_question = {}
-    for i, r in enumerate(rows):
-        tokens = r["prompt"] + r["answer"]
-        place = slice(P - len(r["prompt"]), P + len(r["answer"]))
-        ids[i, place], mask[i, place] = torch.tensor(tokens), 1
-        by_question.setdefault(r["question"], []).append(i)
+    "A batch as from `_padded`; row numbers `gold` (B,) and `wrong` (B, K); `keep` (B, K): which wrong ones are there."
+    by_question: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_question.setdefault(row["question"], []).append(i)
     K = max(map(len, by_question.values())) - 1
-    wrong = torch.tensor([own[1:] + [own[0]] * (K + 1 - len(own)) for own in by_question.values()]).view(
-        len(by_question), K
-    )
-    keep = torch.tensor([[k < len(own) - 1 for k in range(K)] for own in by_question.values()], dtype=torch.bool).view(
-        len(by_question), K
-    )
-    return dict(
-        input_ids=ids,
-        attention_mask=mask,
-        length=torch.tensor([len(r["answer"]) for r in rows]),
-        width=A,
-        gold=torch.tensor([own[0] for own in by_question.values()]),
-        wrong=wrong,
-        keep=keep,
+    gold, wrong, keep = [], [], []
+    for right, *others in by_question.values():
+        missing = K - len(others)
+        gold.append(right)
+        wrong.append(others + [right] * missing)
+        keep.append([True] * len(others) + [False] * missing)
+    B = len(gold)
+    return _padded(rows, pad_id) | dict(
+        gold=torch.tensor(gold),
+        wrong=torch.tensor(wrong, dtype=torch.long).view(B, K),
+        keep=torch.tensor(keep, dtype=torch.bool).view(B, K),
     )
 
 # %% ../nbs/33_contrastive.ipynb #5234aace
 def _own_scale(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    "(y − x) / RMS(x) per token, with its gradient."
     size = x.float().square().mean(-1, keepdim=True)
-    return (y - x).float() / size.where(size > 0, 1.0).sqrt()  # in padding behind a frozen prefix x is 0
+    return (y - x).float() / size.where(size > 0, 1.0).sqrt()  # in padding above a frozen prefix x is 0
 
 
-_POINTS = dict(output=lambda x, y: y, update=lambda x, y: y - x, relative_update=_own_scale)
+def _block_output(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y
+
+
+def _update(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y - x
+
+
+_POINTS = dict(output=_block_output, update=_update, relative_update=_own_scale)
 POOLINGS = ("mean", "last")
 
+# %% ../nbs/33_contrastive.ipynb #5234aacf
+@contextmanager
+def _reading(model: nn.Module, layers: Iterable[int], point: str) -> Iterator[dict[int, torch.Tensor]]:
+    "Inside, a dict gets each of these layers' activations with their graph; no hook is left."
+    found: dict[int, torch.Tensor] = {}
+    model_layers, handles = blocks(_unwrapped(model)), []
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+    def store_at(layer: int):
+        def hook(block, args, kwargs, result):
+            found[layer] = _POINTS[point](block_input(args, kwargs), hidden_state(result))
+
+        return hook
+
+    try:
+        for layer in layers:
+            handles.append(model_layers[layer].register_forward_hook(store_at(layer), with_kwargs=True))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+# %% ../nbs/33_contrastive.ipynb #5234aad0
+def _unwrapped(model: Any) -> Any:
     "The model itself, inside what peft and several processes wrap around it."
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _answer_columns(batch: dict, device: torch.device) -> torch.Tensor:
+    "(R, A) bool: which of the last A columns hold a token of the answer."
+    return torch.arange(batch["width"], device=device) < batch["length"].to(device)[:, None]
+
+
+def _pooled(states: torch.Tensor, batch: dict, pooling: str) -> tuple[torch.Tensor, torch.Tensor]:
+    "(R, D) states at the end of the prompt, and (R, D) of the answers."
+    A, length = batch["width"], batch["length"].to(states.device)
+    prompts, answers = states[:, -A - 1], states[:, -A:].float()
+    if pooling == "last":
+        return prompts, answers[torch.arange(len(answers)), length - 1]
+    there = _answer_columns(batch, states.device)[..., None]
+    return prompts, (answers * there).sum(1) / length[:, None]
+
+# %% ../nbs/33_contrastive.ipynb #5234aad2
 @contextmanager
-def _in_one_piece(head: nn.Module | None):
-    "Inside, the head gets its columns side by side in memory: for a slice torch multiplies row by row, at three times the cost."
-    hook = head and head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
+def _contiguous_input(head: nn.Module | None) -> Iterator[None]:
+    "Inside, the head gets its columns contiguous in memory."
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(),))
     try:
         yield
     finally:
-        if hook:
-            hook.remove()
+        hook.remove()
 
 
 def _few_logits(model: nn.Module, n: int) -> dict:
     "Ask for the last n positions' logits alone, where a model can be asked."
     return dict(logits_to_keep=n) if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
-
-@contextmanager
-def _reading(model: nn.Module, layers: Iterable[int], point: str):
-    "Inside, a dict gets each of these layers' activations with their graph; no hook is left."
-    model_layers, found, handles = blocks(_unwrapped(model)), {}, []
-
-    def put(layer):
-        return lambda block, args, kwargs, result: found.update(
-            {layer: _POINTS[point](block_input(args, kwargs), hidden_state(result))}
-        )
-
-    try:
-        for layer in layers:
-            handles.append(model_layers[layer].register_forward_hook(put(layer), with_kwargs=True))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _pooled(states: torch.Tensor, batch: dict, pooling: str) -> tuple[torch.Tensor, torch.Tensor]:
-    "(R, D) states at the end of the prompt, and (R, D) of the answers."
-    A, length = batch["width"], batch["length"].to(states.device)
-    answers = states[:, -A:].float()
-    if pooling == "last":
-        return states[:, -A - 1], answers[torch.arange(len(answers)), length - 1]
-    there = (torch.arange(A, device=states.device) < length[:, None])[..., None]
-    return states[:, -A - 1], (answers * there).sum(1) / length[:, None]
-
-
+# %% ../nbs/33_contrastive.ipynb #5234aad3
 def _answer_logprobs(model: nn.Module, batch: dict) -> torch.Tensor:
-    "(R, A) log-probabilities of the answers' tokens, 0 behind their end."
+    "(R, A) log-probabilities of the answers' tokens, nats; 0 after their end."
     A, base = batch["width"], _unwrapped(model)
-    with _in_one_piece(base.get_output_embeddings()):
+    with _contiguous_input(base.get_output_embeddings()):
         logits = model(**model_inputs(base, batch), **_few_logits(base, A + 1)).logits[:, -A - 1 : -1].float()
     target = batch["input_ids"][:, -A:].to(logits.device)
     logprobs = -F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-    return logprobs * (torch.arange(A, device=logits.device) < batch["length"].to(logits.device)[:, None])
+    return logprobs * _answer_columns(batch, logits.device)
 
-# %% ../nbs/33_contrastive.ipynb #418da793
+# %% ../nbs/33_contrastive.ipynb #418da794
 OBJECTIVES = ("info_nce", "triplet", "prototype", "likelihood")
 
 
-def contrast_losses(
+def _lm_loss(logprobs: torch.Tensor, batch: dict) -> torch.Tensor:
+    "Nats/token of the right answers."
+    gold = batch["gold"].to(logprobs.device)
+    return -logprobs[gold].sum() / batch["length"].to(logprobs.device)[gold].sum()
+
+
+def _likelihood_loss(logprobs: torch.Tensor, batch: dict, temperature: float) -> torch.Tensor:
+    "`likelihood_contrast` of the answers of each question."
+    gold, wrong, keep = (batch[name].to(logprobs.device) for name in ("gold", "wrong", "keep"))
+    rows = torch.cat([gold[:, None], wrong], 1)
+    return likelihood_contrast(logprobs.sum(1)[rows], keep=keep, temperature=temperature)
+
+# %% ../nbs/33_contrastive.ipynb #418da795
+def _prototype_loss(answers: torch.Tensor, gold: torch.Tensor, wrong: torch.Tensor, temperature: float):
+    "`prototype_loss` with right answers as class 0 and wrong ones as class 1."
+    classes = torch.tensor([0] * len(gold) + [1] * len(wrong), device=answers.device)
+    return prototype_loss(answers[torch.cat([gold, wrong])], classes, temperature=temperature)
+
+
+def _states_loss(
+    objective: str, prompts: torch.Tensor, answers: torch.Tensor, batch: dict, temperature: float, margin: float
+) -> torch.Tensor:
+    "One of the three losses on states, at one block."
+    gold, wrong, keep = (batch[name].to(answers.device) for name in ("gold", "wrong", "keep"))
+    if objective == "prototype":
+        return _prototype_loss(answers, gold, wrong[keep], temperature)
+    triple = prompts[gold], answers[gold], answers[wrong]
+    if objective == "info_nce":
+        return info_nce(*triple, temperature=temperature, keep=keep)
+    return triplet_loss(*triple, margin=margin, keep=keep)
+
+# %% ../nbs/33_contrastive.ipynb #418da793
+def contrastive_losses(
     model: nn.Module,
     batch: dict,  # from `_aligned`
     layers: Iterable[int],  # blocks whose states are compared
     *,
     objective: str | None = "info_nce",  # of `OBJECTIVES`; None: the LM loss only
-    lm: bool = True,  # the language-model term too
+    lm: bool = True,  # the LM loss too
     point: str = "output",  # `output`, `update` or `relative_update`
     pooling: str = "mean",  # of an answer's states, of `POOLINGS`
     temperature: float | None = None,  # default .1, for `likelihood` 1
     margin: float = 0.2,  # of `triplet`
-) -> dict[str, torch.Tensor]:  # scalars; `lm`: nats/token of the right answers; `contrast`: mean over the layers
+) -> dict[str, torch.Tensor]:  # scalars, nats; `lm`: per token of the right answers; `contrastive`: mean over layers
     "The two terms of the training loss on one batch of questions with their answers."
-    with _reading(model, layers if objective in OBJECTIVES[:3] else (), point) as found:
+    with _reading(model, layers if objective in OBJECTIVES[:3] else (), point) as states:
         logprobs = _answer_logprobs(model, batch)
-    gold, wrong, keep, terms = *(batch[k].to(logprobs.device) for k in ("gold", "wrong", "keep")), {}
-    if lm:
-        terms["lm"] = -logprobs[gold].sum() / batch["length"].to(logprobs.device)[gold].sum()
+    terms = dict(lm=_lm_loss(logprobs, batch)) if lm else {}
     if objective == "likelihood":
-        rows = torch.cat([gold[:, None], wrong], 1)
-        terms["contrast"] = likelihood_contrast(logprobs.sum(1)[rows], keep=keep, temperature=temperature or 1.0)
+        terms["contrastive"] = _likelihood_loss(logprobs, batch, temperature or 1.0)
     elif objective:
-        terms["contrast"] = torch.stack(
-            [
-                _contrast(objective, *_pooled(states, batch, pooling), gold, wrong, keep, temperature or 0.1, margin)
-                for states in found.values()
-            ]
-        ).mean()
+        pairs = [_pooled(state, batch, pooling) for state in states.values()]
+        found = [_states_loss(objective, *pair, batch, temperature or 0.1, margin) for pair in pairs]
+        terms["contrastive"] = torch.stack(found).mean()
     return terms
-
-
-def _contrast(objective, prompts, answers, gold, wrong, keep, temperature, margin) -> torch.Tensor:
-    if objective == "prototype":
-        wrong = wrong[keep]
-        return prototype_loss(
-            answers[torch.cat([gold, wrong])],
-            torch.tensor([0] * len(gold) + [1] * len(wrong), device=gold.device),
-            temperature=temperature,
-        )
-    args = prompts[gold], answers[gold], answers[wrong]
-    return (
-        info_nce(*args, temperature=temperature, keep=keep)
-        if objective == "info_nce"
-        else triplet_loss(*args, margin=margin, keep=keep)
-    )
 
 # %% ../nbs/33_contrastive.ipynb #82af5afe
 def rows_key(rows: list[dict]) -> str:
+    "A short digest of training rows."
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
-class FrozenPrefix:
+class _StoredStates:
+    "States of every row's tokens at some blocks, each (tokens, width), in files that go when the object does."
+
+    def __init__(self, rows: list[dict], firsts: Iterable[int], width: int, dtype: torch.dtype):
+        lengths = [len(row["prompt"]) + len(row["answer"]) for row in rows]
+        self.start = np.r_[0, np.cumsum(lengths)].tolist()  # row i has the tokens start[i] to start[i + 1]
+        self.folder, self.key = TemporaryDirectory(), rows_key(rows)
+        self.states = {first: self._file(first, width, dtype) for first in sorted(set(firsts)) if first > 0}
+
+    def _file(self, first: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        "A file for the states that enter one block."
+        size = self.start[-1] * width
+        return torch.from_file(f"{self.folder.name}/{first}", shared=True, size=size, dtype=dtype).view(-1, width)
+
+    def __call__(self, first: int, row: int) -> torch.Tensor:
+        "(tokens, width): what enters block `first` at the tokens of one row."
+        return self.states[first][self.start[row] : self.start[row + 1]]
+
+# %% ../nbs/33_contrastive.ipynb #82af5aff
+class FrozenPrefix(_StoredStates):
     "What enters each of some blocks for every training row: (tokens, width) in a file that goes when the object does."
 
     def __init__(
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        rows: list[dict],  # from `contrast_rows`
+        rows: list[dict],  # from `contrastive_rows`
         firsts: Iterable[int],  # blocks, counted from 0; 0 needs nothing
+        *,
         batch_size: int = 32,
         progress: bool = False,
     ):
-        self.folder, self.key = TemporaryDirectory(), rows_key(rows)
-        lengths = [len(r["prompt"]) + len(r["answer"]) for r in rows]
-        self.start, firsts = np.r_[0, np.cumsum(lengths)].tolist(), sorted({f for f in firsts if f > 0})
-        p = next(model.parameters())
-        width = model.config.get_text_config().hidden_size
-        self.states = {
-            f: torch.from_file(f"{self.folder.name}/{f}", shared=True, size=self.start[-1] * width, dtype=p.dtype).view(
-                -1, width
-            )
-            for f in firsts
-        }
-        if firsts:
-            self._run(
-                model,
-                batch_rows(
-                    [(i, r["prompt"] + r["answer"]) for i, r in enumerate(rows)],
-                    tokenizer,
-                    batch_size=batch_size,
-                    padding_side="right",
-                ),
-                progress,
-            )
+        super().__init__(rows, firsts, model.config.get_text_config().hidden_size, next(model.parameters()).dtype)
+        ids = [(i, row["prompt"] + row["answer"]) for i, row in enumerate(rows)]
+        if self.states:
+            batches = batch_rows(ids, tokenizer, batch_size=batch_size, padding_side="right")
+            self._run(model, tqdm(batches, desc="frozen blocks", disable=not progress))
 
-    def _run(self, model, batches, progress):
-        def keep(layer: int, point: str, x: torch.Tensor):
-            if layer not in self.states:
-                return
-            for i, row, m in zip(batch["index"].tolist(), x.cpu(), batch["attention_mask"]):
-                self.states[layer][self.start[i] : self.start[i + 1]] = row[: m.sum()]
-
-        with (
-            skip_layers(model, range(max(self.states), len(blocks(model))), every=True),
-            torch.no_grad(),
-            read_activations(model, "input", keep),
-        ):
-            for batch in tqdm(batches, desc="frozen blocks", disable=not progress):
+    def _run(self, model: nn.Module, batches: Iterable[dict]):
+        "Run the blocks below the highest of `firsts`, and keep what enters each of them."
+        above = range(max(self.states), len(blocks(model)))
+        for batch in batches:
+            with skip_layers(model, above, every=True), torch.no_grad(), _kept_inputs(model, self, batch):
                 model(**model_inputs(model, batch), **_few_logits(model, 1))
 
-    def __call__(self, first: int, row: int) -> torch.Tensor:
-        return self.states[first][self.start[row] : self.start[row + 1]]
+# %% ../nbs/33_contrastive.ipynb #82af5b00
+def _kept_inputs(model: nn.Module, stored: _StoredStates, batch: dict):
+    "Context manager: inside, what enters the blocks of `stored` is kept, for the rows of this batch."
+
+    def keep(layer: int, point: str, x: torch.Tensor):
+        if layer not in stored.states:
+            return
+        for i, row, mask in zip(batch["index"].tolist(), x.cpu(), batch["attention_mask"]):
+            stored(layer, i)[:] = row[: mask.sum()]
+
+    return read_activations(model, "input", keep)
+
+# %% ../nbs/33_contrastive.ipynb #5ea60062
+@dataclass(frozen=True)
+class ContrastiveRecipe:
+    "What decides a contrastive training besides model, questions and layers: the loss, and the steps."
+
+    objective: str | None = "likelihood"  # of `OBJECTIVES`; None: the LM loss only
+    lm_weight: float = 1.0  # of the LM loss on the right answer; 0: the contrastive loss only
+    contrastive_weight: float = 1.0  # of the contrastive loss
+    negatives: int = 3  # per question, at most
+    point: str = "output"  # where states are read: `output`, `update`, `relative_update`
+    pooling: str = "mean"  # of an answer's states: `mean`, `last`
+    temperature: float | None = None  # default .1, for `likelihood` 1
+    margin: float = 0.2  # of `triplet`
+    template: str = "Question: {question}\nAnswer:"
+    end: str = "\n"  # closes each answer
+    steps: int = 100
+    batch_size: int = 4  # questions per step, each with all its answers
+    learning_rate: float = 1e-3  # at its peak: a linear rise over a twentieth of the steps, then a cosine
+    rank: int = 8  # of the LoRA adapters; α is twice as much
+    targets: Iterable[str] | None = None  # names of linear layers; default all of the blocks
+    seed: int = 0
+    save_every: int = 50  # steps between checkpoints
 
 # %% ../nbs/33_contrastive.ipynb #5ea60063
-class _Tuner(Trainer):
-    "A Trainer with the two terms; blocks below the lowest trained one are passed over where their states are known."
+def _above(model: nn.Module, hidden: torch.Tensor | None, first: int):
+    "Context manager: inside, the model begins at block `first` with these states."
+    model_layers, passed_over = blocks(model), {}
+    if hidden is not None:
+        passed_over = {i: PassThrough(model_layers[i]) for i in range(first - 1)}
+        passed_over[first - 1] = PassThrough(model_layers[first - 1], hidden)
+    return replaced_blocks(model, passed_over)
 
-    def __init__(
-        self,
-        *args,
-        terms: Callable,
-        lm_weight: float,
-        contrast_weight: float,
-        on_step: Callable | None = None,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.terms, self.weights, self.on_step = terms, dict(lm=lm_weight, contrast=contrast_weight), on_step
+# %% ../nbs/33_contrastive.ipynb #5ea6006a
+class _Steps:
+    "A Trainer's step with terms of a loss: `_trainer_class` joins it with transformers' Trainer."
+
+    args: Any  # the Trainer's own
+    state: Any
+    on_step: Callable[[int, dict], None] | None = None
+
+    def stop_at(self, step: int, terms: dict[str, float]):
+        "FloatingPointError for a loss that is not finite; the checkpoint of these very weights is removed."
+        folder = Path(self.args.output_dir)
+        shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+        last = last_checkpoint(folder) if self.args.save_strategy != "no" else None
+        kept = f"the last checkpoint, {Path(last).name}, is kept" if last else "no checkpoint was kept"
+        found = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+        raise FloatingPointError(
+            f"the loss of step {step} is not finite ({found}): try a smaller learning_rate; {kept}"
+        )
+
+# %% ../nbs/33_contrastive.ipynb #5ea60064
+class _TwoTerms(_Steps):
+    "… with the LM loss and the contrastive loss of a recipe."
+
+    recipe: ContrastiveRecipe
+    layers: list[int]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        model.eval()  # no dropout: a frozen block says the same each time
+        "The weighted sum of the terms on one batch, as the Trainer asks for it."
+        model.eval()  # no dropout: a frozen block gives the same each time
         with _above(_unwrapped(model), inputs.pop("hidden", None), inputs.pop("first", 0)):
-            terms = self.terms(model, inputs)
-        loss = sum(self.weights[name] * term for name, term in terms.items())
-        self.check_training(loss, {name: term.item() for name, term in terms.items()})
+            terms = _recipe_losses(model, inputs, self.layers, self.recipe)
+        weights = dict(lm=self.recipe.lm_weight, contrastive=self.recipe.contrastive_weight)
+        loss = sum(weights[name] * term for name, term in terms.items())
+        self.log_step(loss, {name: term.item() for name, term in terms.items()})
         return loss
 
-    def check_training(self, loss: torch.Tensor, terms: dict):
-        step = self.state.global_step
+    def log_step(self, loss: torch.Tensor, terms: dict[str, float]):
+        "Give the step's terms to `on_step`; FloatingPointError for a loss that is not finite."
         if not torch.isfinite(loss):
-            shutil.rmtree(
-                Path(self.args.output_dir) / f"checkpoint-{step}", ignore_errors=True
-            )  # of these very weights
-            kept = last_checkpoint(Path(self.args.output_dir)) if self.args.save_strategy != "no" else None
-            raise FloatingPointError(
-                f"the loss of step {step} is not finite ({', '.join(f'{k} {v:.3g}' for k, v in terms.items())}): try a smaller learning_rate; "
-                + (f"the last checkpoint, {Path(kept).name}, is kept" if kept else "no checkpoint was kept")
-            )
+            self.stop_at(self.state.global_step, terms)
         if self.on_step:
-            self.on_step(step, dict(loss=loss.item(), **terms))
+            self.on_step(self.state.global_step, dict(loss=loss.item(), **terms))
 
-
-@contextmanager
-def _above(model: nn.Module, hidden: torch.Tensor | None, first: int):
-    "Inside, the model begins at block `first` with these states."
-    model_layers = blocks(model)
-    with replaced_blocks(
+# %% ../nbs/33_contrastive.ipynb #5ea60065
+def _recipe_losses(model: nn.Module, batch: dict, layers: list[int], recipe: ContrastiveRecipe) -> dict:
+    "`contrastive_losses` as a recipe has them."
+    return contrastive_losses(
         model,
-        {}
-        if hidden is None
-        else {i: PassThrough(model_layers[i], hidden if i == first - 1 else None) for i in range(first)},
-    ):
-        yield
-
-
-class _FiniteSteps(TrainerCallback):
-    "No step is taken along a gradient that is not finite: the checkpoints stay good."
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None):
-            raise FloatingPointError(
-                f"the gradient of step {state.global_step} is not finite: try a smaller learning_rate"
-            )
-
-# %% ../nbs/33_contrastive.ipynb #c63f54a8
-def _targets(model: nn.Module, layers: list[int], targets: Iterable[str] | None) -> list[str]:
-    "Names of the linear maps of these blocks; ValueError for one that is not there."
-    linear = {
-        name
-        for layer in layers
-        for name, m in blocks(model)[layer].named_modules()
-        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
-    }
-    known = {name.rpartition(".")[2] for name in linear}
-    if not linear:
-        raise ValueError(f"the blocks {layers} have no linear map to train")
-    if missing := [t for t in targets or () if t not in known and t not in linear]:
-        raise ValueError(
-            f"there is no linear map {missing[0]!r} in block {layers[0]}: its own are {', '.join(sorted(known))}"
-        )
-    return sorted(targets or known)
-
-
-def _adapter(model: nn.Module, layers: list[int], targets: Iterable[str] | None, rank: int) -> LoraConfig:
-    model_layers = blocks(model)
-    name = next(name for name, module in model.named_modules() if module is model_layers).rpartition(".")[2]
-    return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=_targets(model, layers, targets),
-        layers_to_transform=layers,
-        layers_pattern=name,
+        batch,
+        layers,
+        objective=recipe.objective,
+        lm=bool(recipe.lm_weight),
+        point=recipe.point,
+        pooling=recipe.pooling,
+        temperature=recipe.temperature,
+        margin=recipe.margin,
     )
 
+# %% ../nbs/33_contrastive.ipynb #5ea60067
+def _check_gradients(model: nn.Module, step: int):
+    "FloatingPointError where a gradient is not finite."
+    for p in model.parameters():
+        if p.grad is not None and not torch.isfinite(p.grad).all():
+            raise FloatingPointError(f"the gradient of step {step} is not finite: try a smaller learning_rate")
 
+
+@cache
+def _trainer_class() -> type:
+    "A Trainer with the two terms, which takes finite steps alone."
+    from transformers import Trainer, TrainerCallback
+
+    class FiniteSteps(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            _check_gradients(model, state.global_step)
+
+    class ContrastiveTrainer(_TwoTerms, Trainer):
+        def __init__(self, **kwargs):
+            super().__init__(callbacks=[FiniteSteps()], **kwargs)
+
+    return ContrastiveTrainer
+
+# %% ../nbs/33_contrastive.ipynb #c63f54a8
 class _ByQuestion:
     "The Trainer's data: numbers of questions; `collate` makes a batch of their rows."
 
-    def __init__(self, rows: list[dict], pad_id: int, prefix: FrozenPrefix | None, first: int, wrong: bool = True):
-        self.rows, self.pad_id, self.prefix, self.first, self.own = rows, pad_id, prefix, first, {}
-        for i, r in enumerate(rows):
-            self.own.setdefault(r["question"], []).append(i)
-        if not wrong:
-            self.own = {question: own[:1] for question, own in self.own.items()}
+    def __init__(self, rows: list[dict], pad_id: int, prefix: FrozenPrefix | None, first: int):
+        self.rows, self.pad_id, self.prefix, self.first = rows, pad_id, prefix, first
+        self.own: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            self.own.setdefault(row["question"], []).append(i)
 
     def __len__(self) -> int:
         return len(self.own)
@@ -499,192 +612,236 @@ class _ByQuestion:
     def __getitem__(self, i: int) -> int:
         return i
 
-    def collate(self, numbers: list[int]) -> dict:
-        numbers = [i for number in numbers for i in self.own[number]]
+    def collate(self, questions: list[int]) -> dict:
+        "A batch of these questions' rows."
+        numbers = [i for question in questions for i in self.own[question]]
         batch = _aligned([self.rows[i] for i in numbers], self.pad_id)
         if self.prefix is None or not self.first:
             return batch
-        mask = batch["attention_mask"].bool()
-        states = self.prefix.states[self.first]
-        hidden = states.new_zeros(*mask.shape, states.shape[1])
-        hidden[mask] = torch.cat([self.prefix(self.first, i) for i in numbers])
+        hidden = _hidden(self.prefix, self.first, numbers, batch["attention_mask"].bool())
         return batch | dict(hidden=hidden, first=self.first)
 
-# %% ../nbs/33_contrastive.ipynb #106d753e
-def _prefix(
-    reuse, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict], first: int, progress: bool
-) -> FrozenPrefix | None:
-    "The prefix that is given, or a new one; ValueError where the one given is of other rows."
-    if not isinstance(reuse, FrozenPrefix):
-        return FrozenPrefix(model, tokenizer, rows, [first], progress=progress) if reuse and first else None
-    if reuse.key != rows_key(rows) or first and first not in reuse.states:
-        raise ValueError(
-            f"this FrozenPrefix was made for other rows, or not for block {first}, but for {sorted(reuse.states)}"
-        )
-    return reuse
+# %% ../nbs/33_contrastive.ipynb #c63f54a9
+def _hidden(prefix: FrozenPrefix, first: int, numbers: list[int], mask: torch.Tensor) -> torch.Tensor:
+    "(R, T, width): what enters block `first` at the tokens of these rows, 0 at padding."
+    states = prefix.states[first]
+    hidden = states.new_zeros(*mask.shape, states.shape[1])
+    hidden[mask] = torch.cat([prefix(first, i) for i in numbers])
+    return hidden
 
 
-def check_training(
-    model,
-    tokenizer,
-    questions,
-    layers,
-    *,
-    objective="likelihood",
-    lm_weight=1.0,
-    negatives=3,
-    point="output",
-    pooling="mean",
-    template="Question: {question}\nAnswer:",
-    end="\n",
-    steps=100,
-    batch_size=4,
-    rank=8,
-    targets=None,
-    save_every=50,
-    **others,
-) -> tuple[list[int | str], list[dict], dict, LoraConfig]:
-    "Layers, rows, counts and corrections of a training; ValueError for what cannot be trained, before anything is."
-    if point not in _POINTS or pooling not in POOLINGS:
-        raise ValueError(
-            f"point is one of {', '.join(_POINTS)} and pooling one of {', '.join(POOLINGS)}, not {point!r} and {pooling!r}"
-        )
-    if min(steps, batch_size, rank, save_every, negatives) < 1:
+def _right_only(data: _ByQuestion) -> _ByQuestion:
+    "The same questions with their right answers alone, for a training without a contrastive loss."
+    data.own = {question: own[:1] for question, own in data.own.items()}
+    return data
+
+# %% ../nbs/33_contrastive.ipynb #106d753f
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _targets(model: nn.Module, layers: list[int], targets: Iterable[str] | None) -> list[str]:
+    "Names of the linear layers of these blocks; ValueError for one that is not there."
+    paths: set[str] = set()
+    for layer in layers:
+        paths.update(name for name, module in blocks(model)[layer].named_modules() if _is_linear(module))
+    if not paths:
+        raise ValueError(f"the blocks {layers} have no linear layer to train")
+    names = {path.rpartition(".")[2] for path in paths}
+    wanted = sorted(targets or names)
+    if missing := [name for name in wanted if name not in names | paths]:
+        own = ", ".join(sorted(names))
+        raise ValueError(f"there is no linear layer {missing[0]!r} in block {layers[0]}: its own are {own}")
+    return wanted
+
+# %% ../nbs/33_contrastive.ipynb #106d754a
+def _adapter(model: nn.Module, layers: list[int], targets: list[str], rank: int):
+    "peft's settings of LoRA adapters in these blocks."
+    from peft import LoraConfig
+
+    model_layers = blocks(model)
+    name = next(name for name, module in model.named_modules() if module is model_layers).rpartition(".")[2]
+    where = dict(target_modules=targets, layers_to_transform=layers, layers_pattern=name)
+    return LoraConfig(r=rank, lora_alpha=2 * rank, **where)
+
+# %% ../nbs/33_contrastive.ipynb #106d7541
+def _check_recipe(recipe: ContrastiveRecipe):
+    "ValueError for a recipe that trains nothing, or names what is not known."
+    if recipe.point not in _POINTS or recipe.pooling not in POOLINGS:
+        known = f"point is one of {', '.join(_POINTS)} and pooling one of {', '.join(POOLINGS)}"
+        raise ValueError(f"{known}, not {recipe.point!r} and {recipe.pooling!r}")
+    if min(recipe.steps, recipe.batch_size, recipe.rank, recipe.save_every, recipe.negatives) < 1:
         raise ValueError("steps, batch_size, rank, save_every and negatives are at least 1")
-    if not lm_weight and objective is None:
+    if not recipe.lm_weight and recipe.objective is None:
         raise ValueError("nothing to train: lm_weight is 0 and there is no objective")
+    if recipe.objective is not None and recipe.objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {recipe.objective!r}: known are {', '.join(OBJECTIVES)}, or None")
+
+# %% ../nbs/33_contrastive.ipynb #106d7543
+def _check_model(model: nn.Module):
+    "ValueError for a model without answers to train, or with an adapter on it."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     if not is_causal(model):
         raise ValueError(f"{type(model).__name__} is no causal language model: it has no answers to train")
     if getattr(model, "peft_config", None) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-        raise ValueError(
-            "there is an adapter on the model already: merge it (merge_and_unload) or take it off (unload) first"
-        )
-    layers = check_layers(layers, len(blocks(model)), every=True)
-    if not layers or not all(isinstance(i, int) for i in layers):
-        raise ValueError("name the blocks to train by their numbers, at least one")
-    if objective is not None and objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}: known are {', '.join(OBJECTIVES)}, or None")
-    if len(questions) < max(2, batch_size):
-        raise ValueError(
-            f"{len(questions)} question{'s' * (len(questions) != 1)} to train on, and a batch needs {batch_size}: give more, or a smaller batch_size"
-        )
-    rows, counts = contrast_rows(tokenizer, questions, negatives=negatives, template=template, end=end)
-    if objective and not counts["negatives"]:
-        raise ValueError(
-            f"none of the {len(questions)} questions has a wrong answer to set against the right one ({counts['false_negatives']} were equal to a right "
-            "one): give distractors, or own_wrong_answers, or objective=None"
-        )
+        remedy = "merge it (merge_and_unload) or take it off (unload) first"
+        raise ValueError(f"there is an adapter on the model already: {remedy}")
+
+
+def _check_window(model: Any, rows: list[dict]):
+    "ValueError for a question with an answer that is longer than the model takes."
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(rows, key=lambda r: len(r["prompt"]) + len(r["answer"]))
-    if window and (n := len(longest["prompt"]) + len(longest["answer"])) > window:
-        raise ValueError(f"question {longest['question']} has {n} tokens with an answer, and the model takes {window}")
-    return layers, rows, counts, _adapter(model, layers, targets, rank)
+    lengths = [len(row["prompt"]) + len(row["answer"]) for row in rows]
+    longest = int(np.argmax(lengths))
+    if window and lengths[longest] > window:
+        number = rows[longest]["question"]
+        raise ValueError(
+            f"question {number} has {lengths[longest]} tokens with an answer, and the model takes {window}"
+        )
+
+# %% ../nbs/33_contrastive.ipynb #106d7544
+def _check_rows(questions: Dataset, recipe: ContrastiveRecipe, counts: dict):
+    "ValueError where no question has a wrong answer, and the recipe needs one."
+    if recipe.objective and not counts["negatives"]:
+        raise ValueError(
+            f"none of the {len(questions)} questions has a wrong answer to compare with the right one "
+            f"({counts['false_negatives']} were equal to a right one): give distractors, or own_wrong_answers, "
+            "or objective=None"
+        )
 
 
+def _check_number(questions: Dataset, batch_size: int):
+    "ValueError where the questions do not fill one batch."
+    if len(questions) < max(2, batch_size):
+        found = f"{len(questions)} question{'s' * (len(questions) != 1)} to train on"
+        raise ValueError(f"{found}, and a batch needs {batch_size}: give more, or a smaller batch_size")
+
+# %% ../nbs/33_contrastive.ipynb #106d7545
+@dataclass(frozen=True)
+class TrainingPlan:
+    "What `check_training` found: the blocks to train, the rows and their counts, the linear layers that get adapters."
+
+    layers: list[int]
+    rows: list[dict]
+    counts: dict[str, int]
+    targets: list[str]
+
+
+def _check_blocks(model: nn.Module, layers: Iterable[int]) -> list[int]:
+    "The blocks to train, in order; ValueError where there is none, or one is no number of a block."
+    found = check_layers(layers, len(blocks(model)), every=True)
+    numbers = [layer for layer in found if isinstance(layer, int)]
+    if not numbers or len(numbers) < len(found):
+        raise ValueError("name the blocks to train by their numbers, at least one")
+    return numbers
+
+# %% ../nbs/33_contrastive.ipynb #106d753e
+def check_training(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Dataset,  # as in `contrastive_tune`
+    layers: Iterable[int],
+    *,
+    recipe: ContrastiveRecipe,  # the loss and the steps
+) -> TrainingPlan:
+    "The plan of a training; ValueError for what cannot be trained, before anything is."
+    _check_model(model)
+    numbers = _check_blocks(model, layers)
+    _check_recipe(recipe)
+    _check_number(questions, recipe.batch_size)
+    rows, counts = contrastive_rows(
+        tokenizer, questions, negatives=recipe.negatives, template=recipe.template, end=recipe.end
+    )
+    _check_rows(questions, recipe, counts)
+    _check_window(model, rows)
+    return TrainingPlan(numbers, rows, counts, _targets(model, numbers, recipe.targets))
+
+# %% ../nbs/33_contrastive.ipynb #106d7547
+def _claimed(out: str | Path, model: PreTrainedModel, plan: TrainingPlan, recipe: ContrastiveRecipe) -> Path:
+    "The folder of this training; ValueError where it holds another."
+    in_rows = ("negatives", "template", "end")
+    key = {name: value for name, value in vars(recipe).items() if name not in (*in_rows, "save_every")}
+    key |= dict(layers=plan.layers, targets=plan.targets, rows=rows_key(plan.rows))
+    key |= dict(parameters=model.num_parameters(), model=model_key(model))
+    return RunDirectory.open(out, key, note="contrastive.json", counts=plan.counts).folder
+
+
+def _prefix(reuse: bool | FrozenPrefix, model, tokenizer, plan: TrainingPlan, progress: bool) -> FrozenPrefix | None:
+    "The prefix that is given, or a new one; ValueError where the one given is of other rows."
+    first = plan.layers[0]
+    if not isinstance(reuse, FrozenPrefix):
+        return FrozenPrefix(model, tokenizer, plan.rows, [first], progress=progress) if reuse and first else None
+    if reuse.key != rows_key(plan.rows) or first and first not in reuse.states:
+        made_for = f"for {sorted(reuse.states)}"
+        raise ValueError(f"this FrozenPrefix was made for other rows, or not for block {first}, but {made_for}")
+    return reuse
+
+# %% ../nbs/33_contrastive.ipynb #106d7548
+def _train(model, plan: TrainingPlan, recipe: ContrastiveRecipe, data: _ByQuestion, folder: Path, saving: bool, **bar):
+    "Train adapters in the planned blocks, and merge them; `bar`: `on_step` and `progress` of `train_adapter`."
+    save_every = recipe.save_every if saving else None
+    numbers = recipe.steps, recipe.batch_size, recipe.learning_rate, recipe.seed
+    arguments = trainer_arguments(folder, model, *numbers, save_every)
+
+    def make(student: nn.Module, log_step: Callable):
+        options = dict(train_dataset=data, data_collator=data.collate)
+        trainer = _trainer_class()(model=student, args=arguments, **options)
+        trainer.recipe, trainer.layers, trainer.on_step = recipe, plan.layers, log_step
+        return trainer
+
+    adapter = _adapter(model, plan.layers, plan.targets, recipe.rank)
+    with seeded_rng(recipe.seed):
+        return train_adapter(model, adapter, make, arguments, **bar)
+
+# %% ../nbs/33_contrastive.ipynb #106d7549
+@delegates(ContrastiveRecipe)
 def contrastive_tune(
     model: PreTrainedModel,  # left as it is
     tokenizer: PreTrainedTokenizerBase,
     questions: Dataset,  # to learn from; `distractors` are the negatives, see `own_wrong_answers`
     layers: Iterable[int],  # blocks that are trained, and whose states are compared
     *,
-    objective: str | None = "likelihood",  # of `OBJECTIVES`; None: the LM loss only
-    lm_weight: float = 1.0,  # of the language-model term on the right answer; 0: the contrastive loss only
-    contrast_weight: float = 1.0,
-    negatives: int = 3,  # a question, at most
-    point: str = "output",  # where states are read: `output`, `update`, `relative_update`
-    pooling: str = "mean",  # of an answer's states: `mean`, `last`
-    temperature: float | None = None,  # default .1, for `likelihood` 1
-    margin: float = 0.2,
-    template: str = "Question: {question}\nAnswer:",
-    end: str = "\n",  # behind each answer
-    steps: int = 100,
-    batch_size: int = 4,  # questions a step, each with all its answers
-    learning_rate: float = 1e-3,  # at its peak: a twentieth of the steps up, then a cosine down
-    rank: int = 8,  # of the corrections; α is twice as much
-    targets: Iterable[str] | None = None,  # names of linear maps; default all of the blocks
-    reuse: bool | FrozenPrefix = True,  # run the blocks below the lowest trained one once; one that is at hand is used
-    out: str | Path | None = None,  # a folder for checkpoints: a stopped run goes on there
-    seed: int = 0,
-    save_every: int = 50,  # steps between checkpoints
+    reuse: bool | FrozenPrefix = True,  # run the blocks below the lowest trained one once; or a prefix at hand
+    out: str | Path | None = None,  # a folder for checkpoints: a stopped run resumes there
     progress: bool = False,
-    on_step: Callable[[int, dict], None] = None,  # called with each step and its `loss, lm, contrast`
-) -> PreTrainedModel:  # of the same class, corrections merged
-    """Train low-rank corrections of some blocks to tell a right answer from wrong ones (arXiv 2411.10069; loss and recipe are our reading). ValueError for what
-    cannot be trained; FloatingPointError names a step that is not finite."""
-    layers, rows, counts, config = check_training(
-        model,
-        tokenizer,
-        questions,
-        layers,
-        objective=objective,
-        lm_weight=lm_weight,
-        negatives=negatives,
-        point=point,
-        pooling=pooling,
-        template=template,
-        end=end,
-        steps=steps,
-        batch_size=batch_size,
-        rank=rank,
-        targets=targets,
-        save_every=save_every,
-    )
-    first = layers[0]
-    recipe = dict(
-        layers=layers,
-        objective=objective,
-        lm_weight=lm_weight,
-        contrast_weight=contrast_weight,
-        point=point,
-        pooling=pooling,
-        temperature=temperature,
-        margin=margin,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        rank=rank,
-        targets=sorted(config.target_modules),
-        seed=seed,
-        rows=rows_key(rows),
-        parameters=model.num_parameters(),
-        model=model_key(model),
-    )
+    on_step: Callable[[int, dict], None] | None = None,  # called with each step and its `loss, lm, contrastive`
+    **kwargs,  # of `ContrastiveRecipe`: the loss and the steps
+) -> PreTrainedModel:  # of the same class, LoRA adapters merged
+    """Train LoRA adapters of some blocks to tell a right answer from wrong ones (arXiv 2411.10069; loss and recipe are
+    our reading). ValueError for what cannot be trained; FloatingPointError names a step that is not finite."""
+    recipe = ContrastiveRecipe(**kwargs)
+    plan = check_training(model, tokenizer, questions, layers, recipe=recipe)
     with TemporaryDirectory() as spare:
-        folder = RunDirectory.open(out, recipe, note="contrastive.json", counts=counts).folder if out else Path(spare)
-        prefix = _prefix(reuse, model, tokenizer, rows, first, progress)
-        data = _ByQuestion(rows, tokenizer.pad_token_id, prefix, first, objective is not None)
-        arguments = trainer_arguments(
-            folder, model, steps, batch_size, learning_rate, seed, save_every if out else None
-        )
-        terms = lambda m, batch: contrast_losses(
-            m,
-            batch,
-            layers,
-            objective=objective,
-            lm=bool(lm_weight),
-            point=point,
-            pooling=pooling,
-            temperature=temperature,
-            margin=margin,
-        )
+        folder = _claimed(out, model, plan, recipe) if out else Path(spare)
+        prefix = _prefix(reuse, model, tokenizer, plan, progress)
+        data = _ByQuestion(plan.rows, tokenizer.pad_token_id, prefix, plan.layers[0])
+        data = data if recipe.objective else _right_only(data)
+        bar = dict(on_step=on_step, progress="training" if progress else None)
+        return _train(model, plan, recipe, data, folder, bool(out), **bar)
 
-        def make(student, log_step):
-            return _Tuner(
-                model=student,
-                args=arguments,
-                train_dataset=data,
-                data_collator=data.collate,
-                callbacks=[_FiniteSteps()],
-                terms=terms,
-                lm_weight=lm_weight,
-                contrast_weight=contrast_weight,
-                on_step=log_step,
-            )
+# %% ../nbs/33_contrastive.ipynb #a98585cd
+def _token_rows(answers: Dataset) -> list[dict]:
+    "Rows `question, prompt, answer` of token ids; ValueError naming an answer without a token."
+    rows = []
+    for i, (prompt, answer) in enumerate(zip(answers["prompt_tokens"], answers["answer_tokens"])):
+        rows.append(dict(question=i, prompt=list(prompt), answer=list(answer)))
+    if empty := [row["question"] for row in rows if not row["answer"]]:
+        raise ValueError(f"answer {empty[0]} has no token ({len(empty)} of {len(rows)}): leave those out first")
+    return rows
 
-        with seeded_rng(seed):
-            return train_adapter(
-                model, config, make, arguments, on_step=on_step, progress="training" if progress else None
-            )
+
+def _batch_cosines(model, batch: dict, layers: list[int], point: str, pooling: str) -> np.ndarray:
+    "(rows, layers): cosines of one batch; blocks above the highest of the layers do not run."
+    unread = range(max(layers, default=-1) + 1, len(blocks(model)))
+    skipped = skip_layers(_unwrapped(model), unread, every=True)
+    with torch.no_grad(), skipped, _reading(model, layers, point) as states:
+        model(**model_inputs(model, batch), **_few_logits(model, 1))
+    columns = []
+    for layer in layers:
+        prompts, answers = _pooled(states[layer], batch, pooling)
+        columns.append(F.cosine_similarity(prompts.float(), answers.float(), dim=-1).cpu())
+    return np.stack(columns, 1)
 
 # %% ../nbs/33_contrastive.ipynb #a98585ce
 def contrastive_cosines(
@@ -697,39 +854,28 @@ def contrastive_cosines(
     pooling: str = "mean",
     batch_size: int = 16,
 ) -> pd.DataFrame:  # one row per answer, one column per layer
-    "Cosine between the state at the end of the prompt and the answer's (our reading). ValueError naming an answer without a token."
-    layers = check_layers(range(len(blocks(model))) if layers is None else layers, len(blocks(model)), every=True)
-    rows = [
-        dict(question=i, prompt=list(p), answer=list(a))
-        for i, (p, a) in enumerate(zip(answers["prompt_tokens"], answers["answer_tokens"]))
-    ]
-    if empty := [r["question"] for r in rows if not r["answer"]]:
-        raise ValueError(f"answer {empty[0]} has no token ({len(empty)} of {len(rows)}): leave those out first")
-    order, found = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"])), np.empty((len(rows), len(layers)))
-    unread = range(max(map(int, layers), default=-1) + 1, len(blocks(model)))
+    """Cosine between the state at the end of the prompt and the answer's (our reading).
+    ValueError naming an answer without a token."""
+    n_layers, rows = len(blocks(model)), _token_rows(answers)
+    wanted = check_layers(range(n_layers) if layers is None else layers, n_layers, every=True)
+    numbers = [layer_of(layer) for layer in wanted]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
+    found = np.empty((len(rows), len(numbers)))
     for first in range(0, len(rows), batch_size):
         part = order[first : first + batch_size]
         batch = _aligned([rows[i] for i in part], tokenizer.pad_token_id)
-        with (
-            torch.no_grad(),
-            skip_layers(_unwrapped(model), unread, every=True),
-            _reading(model, layers, point) as states,
-        ):
-            model(**model_inputs(model, batch), **_few_logits(model, 1))
-        found[part] = np.stack(
-            [
-                F.cosine_similarity(*(s.float() for s in _pooled(states[layer], batch, pooling)), dim=-1).cpu()
-                for layer in layers
-            ],
-            1,
-        )
-    return pd.DataFrame(found, columns=pd.Index(layers, name="layer"))
+        found[part] = _batch_cosines(model, batch, numbers, point, pooling)
+    return pd.DataFrame(found, columns=pd.Index(numbers, name="layer"))
 
-
+# %% ../nbs/33_contrastive.ipynb #a98585d0
 def contrastive_score(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, answers: Dataset, layers: Iterable[int], **options
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    answers: Dataset,
+    layers: Iterable[int],  # blocks whose states are compared
+    **options,
 ) -> pd.Series:
-    "One less the mean cosine over these layers, one row per answer: higher = more uncertain. Options and errors of `contrastive_cosines`."
-    return (1 - contrastive_cosines(model, tokenizer, answers, layers=layers, **options).mean(axis=1)).rename(
-        "contrastive"
-    )
+    """One minus the mean cosine over these layers, one row per answer: higher = more uncertain.
+    Options and errors of `contrastive_cosines`."""
+    cosines = contrastive_cosines(model, tokenizer, answers, layers=layers, **options)
+    return (1 - cosines.mean(axis=1)).rename("contrastive")

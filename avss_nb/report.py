@@ -33,7 +33,7 @@ from transformers import AutoConfig, PreTrainedModel
 from .ablations import choose_variants, compare_variants, held_out_items, plot_variants, run_variants
 from .allocation import greedy_plan, measure_plans, sparse_variants, weight_exponents
 from .certainty import converged_after, convergence, score_certainty, score_texts
-from .contrastive import contrast_rows, own_wrong_answers
+from .contrastive import contrastive_rows, own_wrong_answers
 from .cost import memory_plan
 from .data import batches, data_folder, load_questions, load_sentences, load_text
 from .detection import detector_scores, eavss_detector, evaluate_detectors
@@ -331,7 +331,7 @@ def measure(settings: Settings, out: str | Path, *, trust_remote_code: bool = Fa
     if settings.heal_steps:
         pack_texts(data["train"], tokenizer, max_length=128, batch_size=4)
     if settings.tune_steps:
-        contrast_rows(tokenizer, data["learn"])
+        contrastive_rows(tokenizer, data["learn"])
     RunDirectory.open(out, asked, device=_device(settings))
     cut = dict(max_length=settings.max_length, batch_size=4, overflow="truncate")
     calibration = batches(data["calibration"], tokenizer, **cut)

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 import measure
-from avss_nb.contrastive import FrozenPrefix, contrast_rows, contrastive_tune
+from avss_nb.contrastive import FrozenPrefix, contrastive_rows, contrastive_tune
 from avss_nb.data import batch_rows, batches, load_questions, load_text
 from avss_nb.eavss import AnswerStats, _answer_sums, answer_stats, hallucination_profile
 from avss_nb.evaluation import option_logprobs, perplexity, row_losses, text_losses
@@ -343,7 +343,7 @@ def tuning_both_ways(model, tokenizer, layers: list[int], n: int, steps: int, ro
     )
     with torch.enable_grad():
         found["prefix"], prefix = timed(
-            lambda: FrozenPrefix(model, tokenizer, contrast_rows(tokenizer, questions)[0], layers[:1])
+            lambda: FrozenPrefix(model, tokenizer, contrastive_rows(tokenizer, questions)[0], layers[:1])
         )
         for way, reuse in [("reused", prefix), ("plain", False)] * rounds:
             times, found["losses"][way] = [], []

@@ -1,10 +1,12 @@
-"""Contrastive training beyond its chapters: families, padding, precisions, processes that are killed, and what must stay as it was."""
+"""Contrastive training beyond its chapters: families, padding, precisions, processes that are killed, and what must
+stay as it was. The long sweeps are marked slow."""
 
 import os
 import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,8 +24,8 @@ from avss_nb.contrastive import (
     _aligned,
     _answer_logprobs,
     _unwrapped,
-    contrast_losses,
-    contrast_rows,
+    contrastive_losses,
+    contrastive_rows,
     contrastive_cosines,
     contrastive_score,
     contrastive_tune,
@@ -69,7 +71,7 @@ def tuned(model, layers=(2,), **options):
 
 
 def rows_of(questions=QUESTIONS):
-    return contrast_rows(Letters(), questions, template="{question}")[0]
+    return contrastive_rows(Letters(), questions, template="{question}")[0]
 
 
 def weights(model):
@@ -103,16 +105,21 @@ def test_info_nce_is_the_cross_entropy_of_the_cosines(seed):
     )
 
 
-@pytest.mark.parametrize("loss", [info_nce, triplet_loss], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "loss", [partial(info_nce, temperature=0.5), partial(triplet_loss, margin=0.5)], ids=lambda f: f.func.__name__
+)
 def test_a_step_down_brings_the_answer_near_and_the_negative_away(loss):
     draw = torch.Generator().manual_seed(0)
     a, p, n = (torch.randn(5, *shape, generator=draw).requires_grad_() for shape in ((6,), (6,), (2, 6)))
-    loss(a, p, n, 0.5).backward()
-    near = lambda a, p, n: F.cosine_similarity(a, p).mean() - F.cosine_similarity(a[:, None], n, dim=-1).mean()
+    loss(a, p, n).backward()
+
+    def near(a, p, n):
+        return F.cosine_similarity(a, p).mean() - F.cosine_similarity(a[:, None], n, dim=-1).mean()
+
     with torch.no_grad():
         for moved in ((a - 0.01 * a.grad, p, n), (a, p - 0.01 * p.grad, n), (a, p, n - 0.01 * n.grad)):
             assert near(*moved) > near(a, p, n)
-        torch.testing.assert_close(loss(3 * a, 0.2 * p, 9 * n, 0.5), loss(a, p, n, 0.5))
+        torch.testing.assert_close(loss(3 * a, 0.2 * p, 9 * n), loss(a, p, n))
 
 
 def test_half_precision_states_and_masked_negatives_have_finite_gradients():
@@ -157,7 +164,7 @@ def test_false_negatives_and_repeats_are_dropped_and_counted():
             distractors=["beatles", "fab four", "Fab  Fours", "Queen", "queen ", " ", "Abba", "Kiss", "Who"],
         )
     ]
-    rows, counts = contrast_rows(Letters(), questions, negatives=2, template="{question}")
+    rows, counts = contrastive_rows(Letters(), questions, negatives=2, template="{question}")
     assert counts == dict(questions=1, negatives=2, false_negatives=3, repeats=2, without=0)
     assert [r["answer"] for r in rows] == [
         Letters()(f" {a}\n").input_ids for a in ("The Beatles", "Queen", "Abba")
@@ -212,17 +219,20 @@ def test_losses_do_not_depend_on_the_other_questions_of_the_batch(objective):
     if objective == "prototype":
         pytest.skip("its poles are the batch's")
     model, rows = tiny("llama"), rows_of()
-    one = lambda i: [r for r in rows if r["question"] == i]
+
+    def one(i):
+        return [r for r in rows if r["question"] == i]
+
     with torch.no_grad():
-        together = contrast_losses(model, _aligned(one(1) + one(5), 1), [1, 3], objective=objective)
-        apart = [contrast_losses(model, _aligned(one(i), 1), [1, 3], objective=objective) for i in (1, 5)]
+        together = contrastive_losses(model, _aligned(one(1) + one(5), 1), [1, 3], objective=objective)
+        apart = [contrastive_losses(model, _aligned(one(i), 1), [1, 3], objective=objective) for i in (1, 5)]
     if objective == "triplet":  # a mean over pairs
         n = [len(one(i)) - 1 for i in (1, 5)]
-        wanted = sum(k * t["contrast"] for k, t in zip(n, apart)) / sum(n)
+        wanted = sum(k * t["contrastive"] for k, t in zip(n, apart)) / sum(n)
     elif objective:
-        wanted = sum(t["contrast"] for t in apart) / 2
+        wanted = sum(t["contrastive"] for t in apart) / 2
     if objective:
-        torch.testing.assert_close(together["contrast"], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together["contrastive"], wanted, rtol=1e-4, atol=1e-5)
     sizes = [len(one(i)[0]["answer"]) for i in (1, 5)]
     torch.testing.assert_close(
         together["lm"], sum(k * t["lm"] for k, t in zip(sizes, apart)) / sum(sizes), rtol=1e-4, atol=1e-5
@@ -283,14 +293,14 @@ def test_bfloat16():
     assert {p.dtype for p in after.parameters()} == {torch.bfloat16} and np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
-def test_only_named_maps_are_trained():
+def test_only_named_layers_are_trained():
     model = tiny("llama")
     before, after = weights(model), tuned(model, [2], targets=["q_proj", "mlp.up_proj"])
     changed = {name for name, p in after.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"model.layers.2.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"}
 
 
-def test_the_prefix_serves_every_arm_and_only_its_own_rows():
+def test_the_prefix_serves_every_variant_and_only_its_own_rows():
     model, rows = tiny("llama"), rows_of()
     prefix = FrozenPrefix(model, Letters(), rows, [2, 4, 0], batch_size=3)
     assert sorted(prefix.states) == [2, 4]
@@ -382,10 +392,17 @@ torch.set_num_threads(1)
 def slowly(step, terms):
     print(step, flush=True)
     if {slow}: time.sleep(.1)
-variants = {{"top": [dict(layers=[2, 3], rank=2)], "last": [dict(layers=[4], rank=2, objective=None)], "untouched": None}}
-items = run_variants(tiny("llama"), Letters(), QUESTIONS, variants, chosen, seeds=(0, 1), out={out!r}, **SHORT | dict(steps=10, save_every=2), on_step=slowly)
+items = all_variants({out!r}, slowly)
 items.to_pickle({out!r} + ".table")
 """
+
+
+def all_variants(out, on_step=None, steps=10):
+    "Two variants with two seeds each, and the base model."
+    top, last = dict(layers=[2, 3], rank=2), dict(layers=[4], rank=2, objective=None)
+    variants = dict(top=[top], last=[last], base_model=None)
+    options = SHORT | dict(steps=steps, save_every=2, on_step=on_step)
+    return run_variants(tiny("llama"), Letters(), QUESTIONS, variants, chosen, seeds=(0, 1), out=out, **options)
 
 
 def chosen(model):
@@ -406,7 +423,26 @@ def run(out, slow):
     )
 
 
-def test_killed_arms_go_on_to_the_same_table(tmp_path):
+def test_stopped_variants_resume_to_the_same_table(tmp_path):
+    steps = []
+
+    def stop(step, terms):
+        steps.append(step)
+        if len(steps) == 8:
+            raise KeyboardInterrupt  # in the second training, after its second checkpoint
+
+    with pytest.raises(KeyboardInterrupt):
+        all_variants(tmp_path / "cut", stop, steps=5)
+    assert [p.name for p in (tmp_path / "cut" / "training").iterdir()] == ["top-0-1"]
+    assert (tmp_path / "cut" / "top-0-0.csv").exists()
+    resumed = []
+    items = all_variants(tmp_path / "cut", lambda step, terms: resumed.append(step), steps=5)
+    assert resumed == [2, 3, 4, *range(5), *range(5)]
+    pd.testing.assert_frame_equal(items, all_variants(tmp_path / "straight", steps=5), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_killed_variants_resume_to_the_same_table(tmp_path):
     first, seen = run(tmp_path / "cut", slow=True), 0
     for line in first.stdout:
         seen += line.strip().isdigit()
@@ -426,16 +462,18 @@ def test_killed_arms_go_on_to_the_same_table(tmp_path):
     )
 
 
-def test_arms_are_checked_before_anything_is_trained():
-    model, log_step = tiny("llama"), []
-    go = lambda **variants: run_variants(
-        model, Letters(), QUESTIONS, variants, chosen, seeds=[0], on_step=lambda *a: log_step.append(a), **SHORT
-    )
+def test_variants_are_checked_before_anything_is_trained():
+    model, steps = tiny("llama"), []
+
+    def go(**variants):
+        options = SHORT | dict(seeds=[0], on_step=lambda *step: steps.append(step))
+        run_variants(model, Letters(), QUESTIONS, variants, chosen, **options)
+
     with pytest.raises(ValueError, match="no layer 7"):
         go(good=[dict(layers=[1])], bad=[dict(layers=[7])])
-    with pytest.raises(ValueError, match="no linear map 'query'"):
+    with pytest.raises(ValueError, match="no linear layer 'query'"):
         go(good=[dict(layers=[1])], bad=[dict(layers=[1], targets=["query"])])
-    assert not log_step
+    assert not steps
     with pytest.raises(ValueError, match="k=6: this model has 5 layers"):
         choose_variants(pd.Series(range(5)), k=6)
 
@@ -493,22 +531,23 @@ def test_perplexity_is_of_all_tokens_and_items_must_agree():
         compare_variants(pd.concat([text([20.0, 90.0]), other]))
 
 
-def test_arms_are_drawn_from_the_top():
-    "In the table's order without the variant that they are held against, or in a given one; a variant that one measure does not move is there."
+def test_variants_are_drawn_from_the_top():
+    """In the table's order without the variant that they are compared with, or in a given one; a variant that one
+    measure does not move is there."""
     index = pd.MultiIndex.from_product(
         [["x"], ["mc1", "margin"], ["late", "early", "base_model"]], names=["set", "measure", "variant"]
     )
     table = pd.DataFrame(dict(gain=[0.0, 0.2, 0, 0.3, 0.4, 0]), index).assign(
         gain_low=lambda t: t.gain * 0.9, gain_high=lambda t: t.gain * 1.1
     )
-    shown = lambda *given: [
-        [*zip(ax.lines[1].get_ydata(orig=True), ax.lines[1].get_xdata())][::-1] for ax in plot_variants(table, *given)
-    ]
+
+    def shown(panels, order=None):
+        drawn = [ax.lines[1] for ax in plot_variants(table, panels, order=order)]
+        return [[*zip(line.get_ydata(orig=True), line.get_xdata())][::-1] for line in drawn]
+
     assert shown([("x", "mc1"), ("x", "margin")]) == [[("late", 0), ("early", 0.2)], [("late", 0.3), ("early", 0.4)]]
-    (ax,) = plot_variants(table, {("x", "margin"): "lead"}, axes=None, order=["base_model", "early"])
-    assert shown({("x", "margin"): "lead"}, None, ["base_model", "early"]) == [
-        [("base_model", 0), ("early", 0.4)]
-    ] and (
+    (ax,) = plot_variants(table, {("x", "margin"): "nats"}, axes=None, order=["base_model", "early"])
+    assert shown({("x", "margin"): "nats"}, ["base_model", "early"]) == [[("base_model", 0), ("early", 0.4)]] and (
         ax.get_title(),
         ax.get_xlabel(),
-    ) == ("lead", "")
+    ) == ("nats", "")

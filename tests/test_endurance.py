@@ -1,4 +1,5 @@
-"""Killed at any moment, a run goes on to the same result; a full disk, a damaged file and other settings are told, and nothing is lost or mixed."""
+"""Killed at any moment, a run resumes to the same result; a full disk, a damaged file and other settings are reported,
+and nothing is lost or mixed. The long sweeps are marked slow."""
 
 import errno
 import json
@@ -6,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +17,6 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
-import avss_nb.data
 import avss_nb.labeling
 import avss_nb.shipping
 import avss_nb.report
@@ -34,13 +35,16 @@ from test_bad_input import files, model_folder as short_window, small_files, tin
 from test_contrastive import QUESTIONS, SHORT, Letters, chosen
 from tiny import batch_of, one_thread, tiny
 
-PLAN = dict(
+slow = pytest.mark.slow
+LONG = dict(
     study=dict(changes=14, kills=14),
     prune=dict(changes=10, kills=8),
     answers=dict(changes=6, kills=14),
     variants=dict(changes=20, kills=12),
     tune=dict(changes=20, kills=10),
 )
+QUICK = {name: plan | dict(kills=1) for name, plan in LONG.items()}  # each run until it ends by itself, once
+both_plans = pytest.mark.parametrize("plan", ["killed", pytest.param("killed_often", marks=slow)])
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +58,40 @@ def model_folder(short_window, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def killed(model_folder, tmp_path_factory) -> tuple[Path, dict]:
-    "Where the killed runs ended, and how often each was killed."
-    place = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("nursery.py"), place, model_folder, "0", json.dumps(PLAN)],
-        capture_output=True,
-        text=True,
-    )
+def nursed(plan: dict, model_folder: Path, place: Path) -> tuple[Path, dict]:
+    "Where the killed runs of a plan ended, and how often each was killed."
+    command = [sys.executable, Path(__file__).with_name("nursery.py"), place, model_folder, "0", json.dumps(plan)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
 
 
-def test_at_least_fifty_kills(killed):
-    counts = {name: sum(sum(run.values()) for run in runs) for name, runs in killed[1].items()}
-    assert sum(counts.values()) >= 50 and all(counts[name] >= PLAN[name]["kills"] for name in PLAN), counts
-    assert all(sum(run[kind] for runs in killed[1].values() for run in runs) for kind in ("changes", "torn", "time")), (
-        killed[1]
-    )
+@pytest.fixture(scope="module")
+def killed(model_folder, tmp_path_factory) -> tuple[Path, dict]:
+    return nursed(QUICK, model_folder, tmp_path_factory.mktemp("killed"))
+
+
+@pytest.fixture(scope="module")
+def killed_often(model_folder, tmp_path_factory) -> tuple[Path, dict]:
+    return nursed(LONG, model_folder, tmp_path_factory.mktemp("killed_often"))
+
+
+def kills(runs: dict) -> dict[str, int]:
+    "How often each job was killed."
+    return {name: sum(sum(run.values()) for run in found) for name, found in runs.items()}
+
+
+def test_every_run_is_killed(killed):
+    assert all(kills(killed[1])[name] >= QUICK[name]["kills"] for name in QUICK), killed[1]
+
+
+@slow
+def test_at_least_fifty_kills(killed_often):
+    runs = killed_often[1]
+    counts = kills(runs)
+    assert sum(counts.values()) >= 50 and all(counts[name] >= LONG[name]["kills"] for name in LONG), counts
+    for kind in ("changes", "torn", "time"):
+        assert sum(run[kind] for found in runs.values() for run in found), runs
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -88,48 +107,50 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: of(folder / name) for name in files(folder) if (folder / name).is_file()}
 
 
+@both_plans
 @pytest.mark.parametrize("name", ["study", "prune", "answers", "variants"])
-def test_a_killed_run_ends_with_the_same_files(killed, name):
+def test_a_killed_run_ends_with_the_same_files(request, plan, name):
     "To the last bit, and with nothing besides."
-    place, log_step = killed
-    base_model = contents(place / f"{name}-whole")
-    assert len(base_model) > 3
-    for i in range(len(log_step[name])):
+    place, runs = request.getfixturevalue(plan)
+    wanted = contents(place / f"{name}-whole")
+    assert len(wanted) > 3
+    for i in range(len(runs[name])):
         found = contents(place / f"{name}-{i}")
-        assert sorted(found) == sorted(base_model) and not [n for n in base_model if found[n] != base_model[n]]
+        assert sorted(found) == sorted(wanted) and not [n for n in wanted if found[n] != wanted[n]]
 
 
-def test_killed_trainings_end_with_the_same_weights(killed):
-    base_model, *others = (
-        torch.load(f, weights_only=True) for f in sorted(killed[0].glob("tune-*.weights"), reverse=True)
-    )
-    assert others and all(torch.equal(w[name], base_model[name]) for w in others for name in base_model)
+@both_plans
+def test_killed_trainings_end_with_the_same_weights(request, plan):
+    files_ = sorted(request.getfixturevalue(plan)[0].glob("tune-*.weights"), reverse=True)
+    wanted, *others = (torch.load(file, weights_only=True) for file in files_)
+    assert others and all(torch.equal(weights[name], wanted[name]) for weights in others for name in wanted)
 
 
 # ---- damaged files, other settings, no space
 
 
 def spoil(file: Path, how: str):
-    base_model = file.read_bytes()
+    complete = file.read_bytes()
     if how == "cut":
-        file.write_bytes(base_model[: len(base_model) // 2 - 1])
+        file.write_bytes(complete[: len(complete) // 2 - 1])
     if how == "row":
-        file.write_bytes(b"".join(base_model.splitlines(keepends=True)[:-1]))
+        file.write_bytes(b"".join(complete.splitlines(keepends=True)[:-1]))
     if how == "empty":
         file.write_bytes(b"")
     if how == "zeros":
-        file.write_bytes(bytes(len(base_model)))
+        file.write_bytes(bytes(len(complete)))
     if how == "garbage":
         file.write_bytes(b"\xff\xd8" + os.urandom(200))
     if how == "foreign":
         file.write_text("name,price\ncow,3\n")
 
 
-HOW = ["cut", "row", "empty", "zeros", "garbage", "foreign"]
+HOW = ["cut", *(pytest.param(how, marks=slow) for how in ("row", "empty", "zeros", "garbage", "foreign"))]
 
 
-def told_or_same(work, folder: Path, wanted: dict[str, bytes], spoilt: str) -> bool:
-    "Run again over a spoilt file: an error that names it and the remedy, and nothing changed; or the same result. Then without it: the same result."
+def refused_or_same(work, folder: Path, wanted: dict[str, bytes], spoilt: str) -> bool:
+    """Run again over a spoilt file: an error that names it and the remedy, and nothing changed; or the same result.
+    Then without it: the same result."""
     before = contents(folder) if not spoilt.endswith(".safetensors") else None
     try:
         work(folder)
@@ -141,11 +162,11 @@ def told_or_same(work, folder: Path, wanted: dict[str, bytes], spoilt: str) -> b
             assert contents(folder) == before
         (folder / spoilt).unlink()
         work(folder)
-        log_step = True
+        refused = True
     else:
-        log_step = False
+        refused = False
     assert contents(folder) == wanted
-    return log_step
+    return refused
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +191,7 @@ def test_a_damaged_table_of_a_study(killed, quick, tmp_path, name, how):
     out = tmp_path / "out"
     shutil.copytree(killed[0] / "study-whole", out)
     spoil(out / name, how)
-    assert told_or_same(lambda folder: measure(quick, folder), out, contents(killed[0] / "study-whole"), name)
+    assert refused_or_same(lambda folder: measure(quick, folder), out, contents(killed[0] / "study-whole"), name)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -179,7 +200,7 @@ def test_damaged_statistics_of_a_study(killed, quick, tmp_path, how):
     shutil.copytree(killed[0] / "study-whole", out)
     spoil(out / "stats.safetensors", how)
     (out / "profile.csv").unlink()
-    assert told_or_same(
+    assert refused_or_same(
         lambda folder: measure(quick, folder), out, contents(killed[0] / "study-whole"), "stats.safetensors"
     )
 
@@ -193,7 +214,7 @@ def answered(out: Path, n: int = 8, **options):
     )
 
 
-def armed(out: Path, **options):
+def ablated(out: Path, **options):
     variants = dict(top=[dict(layers=[2], rank=2)], base_model=None)
     return run_variants(
         tiny("llama"), Letters(), QUESTIONS, variants, chosen, seeds=(0,), out=out, **SHORT | dict(steps=2) | options
@@ -211,15 +232,19 @@ def small_chunks(model_folder):
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "variants"])
-def test_a_damaged_file_of_answers_and_arms(tmp_path, work, name, how):
+@pytest.mark.parametrize(
+    "work, name", [(answered, "00001.jsonl"), (ablated, "top-0-0.csv")], ids=["answers", "variants"]
+)
+def test_a_damaged_file_of_answers_and_variants(tmp_path, work, name, how):
     work(tmp_path / "out")
     wanted = contents(tmp_path / "out")
     spoil(tmp_path / "out" / name, how)
-    assert told_or_same(work, tmp_path / "out", wanted, name)
+    assert refused_or_same(work, tmp_path / "out", wanted, name)
 
 
-@pytest.mark.parametrize("work, name", [(answered, "00001.jsonl"), (armed, "top-0-0.csv")], ids=["answers", "variants"])
+@pytest.mark.parametrize(
+    "work, name", [(answered, "00001.jsonl"), (ablated, "top-0-0.csv")], ids=["answers", "variants"]
+)
 def test_cut_at_every_line_end(tmp_path, work, name):
     work(tmp_path / "out")
     lines = (tmp_path / "out" / name).read_bytes().splitlines(keepends=True)
@@ -261,10 +286,10 @@ def test_a_table_that_was_cut_anywhere(tmp_path, table, index):
         check_exact=True,
         **({} if len(table) else dict(check_dtype=False, check_index_type=False)),
     )
-    base_model = file.read_bytes()
-    for n in range(len(base_model)):
-        file.write_bytes(base_model[:n])
-        assert is_damaged(file, index), base_model[:n]
+    complete = file.read_bytes()
+    for n in range(len(complete)):
+        file.write_bytes(complete[:n])
+        assert is_damaged(file, index), complete[:n]
     table.to_csv(file)  # as tables were written before
     assert not is_damaged(file, index)
 
@@ -281,7 +306,7 @@ def test_tables_of_a_study_cut_at_every_line_end(killed, tmp_path):
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize(
-    "work, name", [(answered, "settings.json"), (armed, "variants.json")], ids=["answers", "variants"]
+    "work, name", [(answered, "settings.json"), (ablated, "variants.json")], ids=["answers", "variants"]
 )
 def test_a_damaged_note_of_settings_is_not_guessed(tmp_path, work, name, how):
     work(tmp_path / "out")
@@ -319,7 +344,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, how):
 
 @pytest.mark.parametrize(
     "work, change",
-    [(answered, dict(seed=1)), (answered, dict(n=6)), (armed, dict(learning_rate=1e-3)), (armed, dict(steps=3))],
+    [(answered, dict(seed=1)), (answered, dict(n=6)), (ablated, dict(learning_rate=1e-3)), (ablated, dict(steps=3))],
     ids=["answers, seed", "answers, questions", "variants, rate", "variants, steps"],
 )
 def test_other_settings_are_not_mixed_in(tmp_path, work, change):
@@ -381,15 +406,15 @@ def test_another_model_at_the_same_path(at_hand, model_folder, tmp_path, monkeyp
             work(tmp_path / "out", model)
 
     begun()
-    base_model = note.read_bytes()
+    before = note.read_bytes()
     for file in model.iterdir():
         os.utime(file, (0, 0))
     begun()
     change(model)
     with pytest.raises(ValueError, match="holds a run with content=.*choose another folder"):
         work(tmp_path / "out", model)
-    assert note.read_bytes() == base_model
-    old = json.loads(base_model)
+    assert note.read_bytes() == before
+    old = json.loads(before)
     del old["settings"]["content"]
     note.write_text(json.dumps(old))
     begun()
@@ -420,11 +445,11 @@ def scored_in(out: Path, model):
     return spread_scores(model, [batch_of(4, 3)], methods=["avss"], out=out)
 
 
-def arms_in(out: Path, model):
+def variants_in(out: Path, model):
     return run_variants(model, Letters(), QUESTIONS, dict(base_model=None), chosen, seeds=(0,), out=out, **SHORT)
 
 
-@pytest.mark.parametrize("work", [tuned_in, healed_in, taught_in, scored_in, arms_in])
+@pytest.mark.parametrize("work", [tuned_in, healed_in, taught_in, scored_in, variants_in])
 def test_another_model_of_the_same_shapes(tmp_path, work):
     model = tiny("llama", vocab_size=300) if work in (healed_in, taught_in) else tiny("llama")
     work(tmp_path / "out", model)
@@ -444,11 +469,11 @@ def test_notes_of_the_stored_studies_are_accepted():
     )
 
 
-@pytest.mark.parametrize("work", [answered, armed], ids=["answers", "variants"])
+@pytest.mark.parametrize("work", [answered, ablated], ids=["answers", "variants"])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, work):
     "No space at the n-th file: an error that names it; with space again, the rest is made and nothing else."
-    work(tmp_path / "base_model")
-    wanted, replace, room = contents(tmp_path / "base_model"), os.replace, [0]
+    work(tmp_path / "whole")
+    wanted, replace, room = contents(tmp_path / "whole"), os.replace, [0]
 
     def full(source, target):
         room[0] -= 1
@@ -458,7 +483,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, work):
 
     for n in range(len(wanted)):
         with monkeypatch.context() as patch:
-            patch.setattr(avss_nb.data.os, "replace", full)
+            patch.setattr(os, "replace", full)
             room[0] = n
             with pytest.raises(OSError, match="cannot write .*No space left on device") as error:
                 work(tmp_path / f"cut-{n}")
@@ -474,7 +499,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, work):
 
 
 def test_files_that_may_not_grow(tmp_path):
-    "As a quota does: the table is whole or not there."
+    "As a quota does: the table is written completely, or not at all."
     table = pd.DataFrame(dict(x=range(5000))).rename_axis("layer")
     with small_files(), pytest.raises(OSError, match="cannot write .*table.csv"):
         cached_table(tmp_path / "table.csv", lambda: table)
@@ -482,7 +507,7 @@ def test_files_that_may_not_grow(tmp_path):
     assert cached_table(tmp_path / "table.csv", lambda: table).equals(table)
 
 
-@pytest.mark.parametrize("work", [answered, armed], ids=["answers", "variants"])
+@pytest.mark.parametrize("work", [answered, ablated], ids=["answers", "variants"])
 def test_a_file_in_the_folders_place(tmp_path, work):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "out"):
@@ -492,12 +517,12 @@ def test_a_file_in_the_folders_place(tmp_path, work):
 
 
 def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
-    "Told before the work, and by the folder's name; the superuser may write anywhere, so the system's answer is given for it."
+    "Reported before the work, and by the folder's name; the superuser may write anywhere, so the refusal is faked."
 
     def refuse(*args, **options):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(avss_nb.data.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(avss_nb.labeling, "_answer_rows", lambda *args: pytest.fail("long work was begun"))
     with pytest.raises(OSError, match=f"cannot write {tmp_path / 'out'}: Permission denied"):
         answered(tmp_path / "out")
