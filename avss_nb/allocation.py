@@ -7,51 +7,58 @@ __all__ = ['greedy_plan', 'hill_exponent', 'weight_exponents', 'acttail_plan', '
 
 # %% ../nbs/41_allocation.ipynb #d443ecab
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from scipy.optimize import brentq
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .data import as_batches
 from .hooks import hidden_state, input_device, run_blocks
 from .metrics import LayerStats
 from .models import blocks
 from .pruning import measure_items
 from .runs import RunDirectory, cached_table
-from avss_nb.sparsity import (
-    check_plan,
-    densify_layer,
-    projection_sizes,
-    projection_stats,
-    projection_table,
-    quantile,
-    sparsify,
-    sparsify_layer,
-    uniform_plan,
-)
+from .sparsity import check_plan, densify_layer, projection_sizes, projection_stats, projection_table, quantile
+from .sparsity import sparsify, sparsify_layer, uniform_plan
 from .surgery import projections, skip_layers
 
 # %% ../nbs/41_allocation.ipynb #dbb72d23
-def _calls(model: nn.Module, batches: Iterable[dict]) -> list[list[tuple]]:
-    "What each block was called with and what it returned for its counted tokens: per layer, per batch (args, kwargs, mask, output)."
-    found, handles, mask = [[] for _ in blocks(model)], [], None
+class _Call(NamedTuple):
+    "What a block was called with, and what it returned for the counted tokens."
+
+    args: tuple
+    kwargs: dict
+    mask: torch.Tensor  # (B, T), true where a token counts
+    output: torch.Tensor  # (n, width)
+
+
+def _keep_calls(calls: list[_Call], masks: list[torch.Tensor]) -> Callable:
+    "A forward hook that notes each call of a block; the last of `masks` is that of the running batch."
+
+    def keep(block, args, kwargs, out):
+        calls.append(_Call(args, kwargs, masks[-1], hidden_state(out)[masks[-1]]))
+
+    return keep
+
+# %% ../nbs/41_allocation.ipynb #41a00001
+def _calls(model: nn.Module, batches: Iterable[dict]) -> list[list[_Call]]:
+    "The calls of each block, per layer and batch; ValueError where there was none."
+    found: list[list[_Call]] = [[] for _ in blocks(model)]
+    masks: list[torch.Tensor] = []
+    handles = []
     try:
         for calls, block in zip(found, blocks(model)):
-            handles.append(
-                block.register_forward_hook(
-                    lambda b, args, kwargs, out, calls=calls: calls.append(
-                        (args, kwargs, mask, hidden_state(out)[mask])
-                    ),
-                    with_kwargs=True,
-                )
-            )
+            handles.append(block.register_forward_hook(_keep_calls(calls, masks), with_kwargs=True))
         for batch in batches:
-            mask = batch["token_mask"].to(input_device(model))
+            masks.append(batch["token_mask"].to(input_device(model)))
             run_blocks(model, batch)
     finally:
         for handle in handles:
@@ -60,101 +67,136 @@ def _calls(model: nn.Module, batches: Iterable[dict]) -> list[list[tuple]]:
         raise ValueError("there is no text: the batches are empty")
     return found
 
-
-def _block_error(block: nn.Module, calls: list[tuple]) -> float:
-    "‖y − ŷ‖₂ / ‖y‖₂ of a block's output over the counted tokens, beside what it was."
-    squared = lambda a: float(a.float().square().sum())
+# %% ../nbs/41_allocation.ipynb #41a00012
+def _block_error(block: nn.Module, calls: list[_Call]) -> float:
+    "‖y − ŷ‖₂ / ‖y‖₂ of a block's output ŷ over the counted tokens, compared with the y of its calls."
+    lost = size = 0.0
     with torch.no_grad():
-        return (
-            sum(squared(hidden_state(block(*args, **kwargs))[mask] - y) for args, kwargs, mask, y in calls)
-            / sum(squared(y) for *_, y in calls)
-        ) ** 0.5
+        for call in calls:
+            out = hidden_state(block(*call.args, **call.kwargs))[call.mask]
+            lost += float((out - call.output).float().square().sum())
+            size += float(call.output.float().square().sum())
+    return (lost / size) ** 0.5
 
 # %% ../nbs/41_allocation.ipynb #813f04ee
-_MOST = 0.99  # no projection gets a sparsity above this
+class _BlockLevels:
+    "The projections of a block, the sparsity of each, and how much sparser a step makes it."
 
+    def __init__(self, block: nn.Module, calls: list[_Call], hist: dict[str, np.ndarray], step: float):
+        self.block, self.calls, self.hist, self.step = block, calls, hist, step
+        self.projections = {name: linear for name, linear in projections(block).items() if name in hist}
+        sizes = {name: linear.weight.numel() for name, linear in self.projections.items()}
+        self.rise = {name: step * sum(sizes.values()) / size for name, size in sizes.items()}
+        self.level = dict.fromkeys(sizes, 0.0)
+        self.error = dict.fromkeys(sizes, 0.0)  # of the next step of each, when last tried
 
-def _greedy_block(
-    block: nn.Module, calls: list[tuple], hist: dict[str, np.ndarray], n_steps: int, step: float, lazy: bool
-) -> list[dict]:
-    "The sparsity of each projection after each step, and the block's error."
-    maps = {name: m for name, m in projections(block).items() if name in hist}
-    size = {name: m.weight.numel() for name, m in maps.items()}
-    rise = {name: step * sum(size.values()) / n for name, n in size.items()}
-    level, error, path = dict.fromkeys(maps, 0.0), dict.fromkeys(maps, 0.0), []
+    def threshold(self, name: str, level: float) -> float:
+        "The threshold that gives a projection this sparsity."
+        return float(quantile(self.hist[name], level)[0])
 
-    def tried(name: str) -> float:
-        before, maps[name].value = maps[name].value, float(quantile(hist[name], level[name] + rise[name])[0])
+    def try_step(self, name: str):
+        "Note the block's error with one projection a step sparser; the step is undone."
+        linear = self.projections[name]
+        before, linear.value = linear.value, self.threshold(name, self.level[name] + self.rise[name])
         try:
-            return _block_error(block, calls)
+            self.error[name] = _block_error(self.block, self.calls)
         finally:
-            maps[name].value = before
+            linear.value = before
 
+# %% ../nbs/41_allocation.ipynb #41a00003
+_MAX_SPARSITY = 0.99  # no projection gets more
+
+
+class _GreedyBlock(_BlockLevels):
+    "… and the greedy search."
+
+    def best(self, lazy: bool) -> str:
+        "The projection whose next step costs least; ValueError where none can be raised."
+        able = [name for name in self.level if self.level[name] + self.rise[name] <= _MAX_SPARSITY]
+        if not able:
+            raise ValueError(f"no projection of this block can be raised by a step of {self.step}: take a smaller one")
+        fresh: set[str] = set()
+        while True:
+            first = min(able, key=lambda name: self.error[name])
+            if first in fresh and (lazy or len(fresh) == len(able)):
+                return first
+            name = first if lazy else able[len(fresh)]
+            self.try_step(name)
+            fresh.add(name)
+
+    def take_step(self, name: str) -> dict[str, float]:
+        "Raise a projection; gives the sparsity of each, and the block's error."
+        self.level[name] += self.rise[name]
+        self.projections[name].value = self.threshold(name, self.level[name])
+        row = self.level | dict(error=self.error[name])
+        self.error[name] = 0.0  # of its next step nothing is known
+        return row
+
+# %% ../nbs/41_allocation.ipynb #41a00004
+def _greedy_block(search: _GreedyBlock, n_steps: int, lazy: bool) -> list[dict[str, float]]:
+    "The sparsity of each projection after each step, and the block's error; the block is dense again afterwards."
     try:
-        for m in maps.values():
-            sparsify_layer(m, "threshold", 0.0)
-        for _ in range(n_steps):
-            able, fresh = [name for name in maps if level[name] + rise[name] <= _MOST], set()
-            if not able:
-                raise ValueError(f"no projection of this block can be raised by a step of {step}: take a smaller one")
-            while (best := min(able, key=error.get)) not in fresh or (not lazy and len(fresh) < len(able)):
-                name = best if lazy else next(n for n in able if n not in fresh)
-                error[name] = tried(name)
-                fresh.add(name)
-            level[best] += rise[best]
-            maps[best].value = float(quantile(hist[best], level[best])[0])
-            path.append(level | dict(error=error[best]))
-            error[best] = 0.0  # of its next step nothing is known
+        for linear in search.projections.values():
+            sparsify_layer(linear, "threshold", 0.0)
+        return [search.take_step(search.best(lazy)) for _ in range(n_steps)]
     finally:
-        for m in maps.values():
-            densify_layer(m)
-    return path
+        for linear in search.projections.values():
+            densify_layer(linear)
+
+
+def _block_histograms(block: nn.Module, stats: LayerStats, layer: int) -> dict[str, np.ndarray]:
+    "The calibration histogram of each projection that was run; ValueError where none was."
+    found = {name: stats.get(name, "hist")[layer][None] for name in projections(block)}
+    found = {name: hist for name, hist in found.items() if hist.any()}
+    if not found:
+        raise ValueError(f"no calibration histogram for layer {layer}")
+    return found
 
 # %% ../nbs/41_allocation.ipynb #12723fdb
 def greedy_plan(
     model: nn.Module,
-    batches: Iterable[dict],  # a little text on which the blocks' errors are measured
-    stats: LayerStats,  # from `projection_stats`
+    tokenizer,  # or batches
+    texts: Iterable[str] | None = None,  # a little text on which the blocks' errors are measured
     *,
-    sparsity: float = 0.5,  # of each block, up to which the path goes
+    stats: LayerStats,  # from `projection_stats`
+    sparsity: float = 0.5,  # of each block, up to which the path leads
     step: float = 0.01,  # of a block's sparsity
-    lazy: bool = True,  # try again only the projections that were ahead when last tried
+    lazy: bool = True,  # try again only the projections that were best when last tried
     layers: Iterable[int] | None = None,  # default: all
     progress: bool = False,
 ) -> pd.DataFrame:  # index (sparsity, layer); one column per projection, and `error`; without it `.loc[.5]` is a plan
-    """TEAL's Algorithm 1 (arXiv 2408.14690): in each block, raise one projection at a time, all by as many weights, and each time the one that leaves the
-    least `error` of the block's output, given the inputs of the base model: ‖y − ŷ‖₂ / ‖y‖₂ over the counted tokens. ValueError for a sparsity or step that is out of range, or no histogram."""
+    """TEAL's Algorithm 1 (arXiv 2408.14690). In each block, raise one projection at a time, all by as many weights, and
+    each time the one that leaves the least `error` of the block's output, given the inputs of the base model:
+    ‖y − ŷ‖₂ / ‖y‖₂ over the counted tokens. ValueError for a sparsity or step out of range, or no histogram."""
     if not 0 < sparsity < 1 or not 0 < step <= sparsity:
         raise ValueError(f"sparsity lies in (0, 1) and step in (0, sparsity], not {sparsity} and {step}")
-    n_steps, path = round(sparsity / step), {}
-    step = sparsity / n_steps
-    calls = _calls(model, batches)
-    for layer in tqdm(range(len(calls)) if layers is None else layers, desc="greedy allocation", disable=not progress):
+    n_steps = round(sparsity / step)
+    calls, path = _calls(model, as_batches(tokenizer, texts)), {}
+    for layer in tqdm(range(len(calls)) if layers is None else layers, desc="greedy plan", disable=not progress):
         block = blocks(model)[layer]
-        hist = {name: h for name in projections(block) if (h := stats.get(name, "hist")[layer][None]).any()}
-        if not hist:
-            raise ValueError(f"no calibration histogram for layer {layer}")
-        for number, levels in enumerate(_greedy_block(block, calls[layer], hist, n_steps, step, lazy), 1):
-            path[round(number * step, 10), layer] = levels
+        search = _GreedyBlock(block, calls[layer], _block_histograms(block, stats, layer), sparsity / n_steps)
+        for i, row in enumerate(_greedy_block(search, n_steps, lazy), 1):
+            path[round(i * search.step, 10), layer] = row
     return pd.DataFrame(path).T.rename_axis(["sparsity", "layer"]).sort_index()
 
 # %% ../nbs/41_allocation.ipynb #ed5343ce
 def hill_exponent(
     values: Iterable[float],  # eigenvalues, or any sample above 0
     *,
-    tail: float = 0.5,  # the largest of them, as a share
+    tail: float = 0.5,  # the largest of them, as a fraction
 ) -> float:  # α of the density p(λ) ∝ λ^−α; infinite where the tail is flat
-    "α = 1 + k / Σ log(λ_i / λ_(k+1)) over the k largest values (Hill, 1975); the smaller, the heavier the tail. ValueError for fewer than two values in it, or one that is not above 0."
-    values = np.sort(np.asarray(list(values), float))
-    k = int(tail * len(values))
+    """α = 1 + k / Σ log(λ_i / λ_(k+1)) over the k largest values (Hill, 1975); the smaller, the heavier the tail.
+    ValueError for fewer than two values in it, or one that is not above 0."""
+    ascending = np.sort(np.asarray(list(values), float))
+    k = int(tail * len(ascending))
     if not 0 < tail < 1 or k < 2:
-        raise ValueError(f"a tail of {tail} of {len(values)} values has {max(k, 0)} in it: at least two are needed")
-    if not values[-k - 1] > 0 or not np.isfinite(values[-1]):
+        raise ValueError(f"a tail of {tail} of {len(ascending)} values has {max(k, 0)} in it: at least two are needed")
+    if not ascending[-k - 1] > 0 or not np.isfinite(ascending[-1]):
         raise ValueError("the tail holds values that are not above 0, or not finite")
     with np.errstate(divide="ignore"):
-        return float(1 + k / np.log(values[-k:] / values[-k - 1]).sum())
+        return float(1 + k / np.log(ascending[-k:] / ascending[-k - 1]).sum())
 
-
+# %% ../nbs/41_allocation.ipynb #41a00009
 def _spectrum(weight: torch.Tensor) -> np.ndarray:  # (out, in) -> (min(out, in),) ascending
     "The eigenvalues of WᵀW that are not 0 by its shape."
     w = weight.detach().float().cpu().double()
@@ -162,12 +204,17 @@ def _spectrum(weight: torch.Tensor) -> np.ndarray:  # (out, in) -> (min(out, in)
 
 
 def weight_exponents(
-    model: nn.Module, *, tail: float = 0.5
+    model: nn.Module,
+    *,
+    tail: float = 0.5,  # as in `hill_exponent`
 ) -> pd.DataFrame:  # one row per layer, one column per projection; NaN for one too small to have a tail
-    "The heavy-tail exponent α of each projection's spectrum (our reading of ActTail, arXiv 2603.12272); nothing is run."
-    return projection_table(
-        model, lambda m: hill_exponent(_spectrum(m.weight), tail=tail) if min(m.weight.shape) * tail >= 2 else np.nan
-    )
+    "The heavy-tail exponent α of each projection's spectrum (our reading of ActTail, arXiv 2603.12272)."
+
+    def exponent(linear: nn.Module) -> float:
+        has_tail = min(linear.weight.shape) * tail >= 2
+        return hill_exponent(_spectrum(linear.weight), tail=tail) if has_tail else np.nan
+
+    return projection_table(model, exponent)
 
 # %% ../nbs/41_allocation.ipynb #580eae27
 def acttail_plan(
@@ -175,35 +222,38 @@ def acttail_plan(
     exponents: pd.DataFrame,  # from `weight_exponents`
     sparsity: float,  # mean over the weights, in [0, 1)
     *,
-    spread: float = 0.2,  # how far, as a part of `sparsity`, the smallest and the largest exponent lie from it
+    spread: float = 0.2,  # how far, relative to `sparsity`, the smallest and the largest exponent lie from it
 ) -> pd.DataFrame:  # a plan (one row per layer, one column per projection); its mean over the weights is `sparsity`
-    """Less sparsity where the spectrum's tail is heavier (ActTail, arXiv 2603.12272; the map is our reading: linear in α between sparsity·(1 ± spread), shifted
-    until the mean over the weights is the one asked for, within [0, .99]). ValueError for a sparsity that is out of range, or an exponent that is not finite."""
-    if not 0 <= sparsity < _MOST:
-        raise ValueError(f"the sparsity is {sparsity}: it lies in [0, {_MOST})")
+    """Less sparsity where the spectrum's tail is heavier (ActTail, arXiv 2603.12272). Linear in α between
+    sparsity·(1 ± spread), shifted to the mean over the weights that is asked for, within [0, .99]: our reading.
+    ValueError for a sparsity out of range, or an exponent that is not finite."""
+    if not 0 <= sparsity < _MAX_SPARSITY:
+        raise ValueError(f"the sparsity is {sparsity}: it lies in [0, {_MAX_SPARSITY})")
     if len(bad := (known := exponents.stack().dropna())[~np.isfinite(known)]):
         raise ValueError(f"the exponent of {bad.index[0][1]} in layer {bad.index[0][0]} is not finite")
-    a = exponents.to_numpy()
-    weight = projection_sizes(model).reindex_like(exponents).where(exponents.notna()).to_numpy()
-    low, high = np.nanmin(a), np.nanmax(a)
-    wish = sparsity * (1 + spread * (2 * (a - low) / max(high - low, 1e-12) - 1))
-    mean = lambda shift: np.nansum(np.clip(wish + shift, 0, _MOST) * weight) / np.nansum(weight)
-    ends = -1.0, 1.0
-    for _ in range(60):
-        ends = (mid, ends[1]) if mean(mid := sum(ends) / 2) < sparsity else (ends[0], mid)
-    return check_plan(model, pd.DataFrame(np.clip(wish + ends[1], 0, _MOST), exponents.index, exponents.columns))
+    sizes = projection_sizes(model).reindex_like(exponents).where(exponents.notna())
+    position = (exponents - known.min()) / max(known.max() - known.min(), 1e-12)  # 0: heaviest tail, 1: lightest
+    wish = sparsity * (1 + spread * (2 * position - 1))
+
+    def excess(shift: float) -> float:
+        plan = (wish + shift).clip(0, _MAX_SPARSITY)
+        return float((plan * sizes).sum().sum() / sizes.sum().sum() - sparsity)
+
+    return check_plan(model, (wish + brentq(excess, -1.0, 1.0, xtol=1e-14)).clip(0, _MAX_SPARSITY))
 
 # %% ../nbs/41_allocation.ipynb #12b0a001
 def sparse_variants(
     model: nn.Module,
-    batches: Iterable[dict],  # on which thresholds are calibrated
+    tokenizer,  # or batches
+    texts: Iterable[str] | None = None,  # on which thresholds are calibrated
+    *,
     sparsity: float,
     path: pd.DataFrame,  # from `greedy_plan`; it passes through `sparsity`
     exponents: pd.DataFrame,  # from `weight_exponents`
-    *,
-    seed: int = 0,  # of the lot
+    seed: int = 0,  # of the random zeros
 ) -> dict[str, Callable[[], dict]]:  # uniform, greedy, ActTail, random -> what makes the options of `sparsify`
-    "The variants of one sparsity; thresholds are calibrated on the sparse model, each when its variant is made."
+    "The variants of one sparsity. Thresholds are calibrated on the sparse model, each when its variant is made."
+    batches = as_batches(tokenizer, texts)
 
     def calibrated(plan: pd.DataFrame) -> dict:
         return dict(plan=plan, stats=projection_stats(model, batches, plan=plan))
@@ -216,38 +266,48 @@ def sparse_variants(
     )
 
 # %% ../nbs/41_allocation.ipynb #3eee4ec0
-def _variant(model: nn.Module, variant: dict | None) -> tuple:
-    "The context in which a variant is sparse, and the layers that it skips."
-    variant = dict(variant or {})
-    skip_layers(model, skip := list(variant.pop("skip", ())))  # its errors
-    return sparsify(model, **variant) if variant else nullcontext(), skip
+def _variant(model: nn.Module, variant: dict | None) -> tuple[AbstractContextManager, list]:
+    "The context in which a variant is sparse, and the layers that it skips; errors as in `sparsify` and `skip_layers`."
+    options = dict(variant or {})
+    skip = list(options.pop("skip", ()))
+    skip_layers(model, skip)  # checks them
+    return sparsify(model, **options) if options else nullcontext(), skip
 
 
+def _measure_variant(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    variant: dict | None,
+    texts: list[str],
+    questions: Dataset | None,
+    max_length: int,
+) -> pd.DataFrame:
+    "Per text and question: `measure, item, value, tokens` of the model in one variant."
+    sparse, skip = _variant(model, variant)
+    with sparse:
+        return measure_items(model, tokenizer, texts, questions, None, skip, max_length)
+
+# %% ../nbs/41_allocation.ipynb #41a00010
 def measure_plans(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    variants: dict[
-        str, dict | None
-    ],  # name -> options of `sparsify`, and `skip`: layers that are skipped besides; None: the base model
+    variants: dict[str, dict | None],  # name -> options of `sparsify`, and `skip`: skipped layers; None: base model
     texts: list[str],
     questions: Dataset | None = None,  # with distractors
     *,
     out: str | Path | None = None,  # a folder that keeps each variant's answers under its name
     max_length: int = 256,  # tokens of each text
     progress: bool = False,
-) -> (
-    pd.DataFrame
-):  # index (choice, measure); `item`, `value` (summed nats, or 1 right, 0 wrong), `tokens`: as `measure_removal`
-    "What the model does with every text and question under each plan; `paired_difference` compares them."
+) -> pd.DataFrame:  # index (choice, measure); `item`, `value` (summed nats, or 1 right, 0 wrong), `tokens`
+    "What the model does with every text and question in each variant, as in `measure_removal`; for `paired_difference`."
     for variant in variants.values():
-        _variant(model, variant)  # what is wrong is said before anything runs
+        _variant(model, variant)  # its errors, before anything runs
+    paths = {name: RunDirectory(out).path(f"{name}.csv") if out else None for name in variants}
     found = {}
-    for name, variant in tqdm(variants.items(), desc="measuring plans", disable=not progress):
+    for name, path in tqdm(paths.items(), desc="measuring plans", disable=not progress):
 
         def make() -> pd.DataFrame:
-            sparse, skip = _variant(model, variant)
-            with sparse:
-                return measure_items(model, tokenizer, texts, questions, None, skip, max_length)
+            return _measure_variant(model, tokenizer, variants[name], texts, questions, max_length)
 
-        found[name] = cached_table(RunDirectory(out).path(f"{name}.csv"), make, index="measure") if out else make()
+        found[name] = cached_table(path, make, index="measure") if path else make()
     return pd.concat(found, names=["choice"])

@@ -446,8 +446,8 @@ def sparse_plans(model, tokenizer, data: dict, settings: Settings, out: Path) ->
             **dict(cut, max_length=min(64, settings.max_length)),
         ),
     )
-    path = greedy_plan(model, tried, projection_stats(model, text), sparsity=p, step=p / 10, progress=True)
-    made = sparse_variants(model, text, p, path, weight_exponents(model), seed=settings.seed)
+    path = greedy_plan(model, tried, stats=projection_stats(model, text), sparsity=p, step=p / 10, progress=True)
+    made = sparse_variants(model, text, sparsity=p, path=path, exponents=weight_exponents(model), seed=settings.seed)
     variants = {"base_model": None} | {
         name: make() for name, make in zip(("uniform", "TEAL greedy", "ActTail", "at random"), made.values())
     }

@@ -27,7 +27,7 @@ from avss_nb.labeling import generate_answers
 from avss_nb.models import content_key, load_model
 from avss_nb.healing import heal
 from avss_nb.training import last_checkpoint
-from avss_nb.scale import spread_scores
+from avss_nb.scale import distributed_layer_scores
 from avss_nb.report import measure, run_study, study_data
 from conftest import ROOT
 from nursery import ASKED, SMALL
@@ -442,7 +442,7 @@ def taught_in(out: Path, model):
 
 
 def scored_in(out: Path, model):
-    return spread_scores(model, [batch_of(4, 3)], methods=["avss"], out=out)
+    return distributed_layer_scores(model, [batch_of(4, 3)], methods=["avss"], out=out)
 
 
 def variants_in(out: Path, model):

@@ -35,17 +35,17 @@ from avss_nb.models import blocks, load_model
 from avss_nb.surgery import skip_layers
 from avss_nb.cost import meta_model, memory_plan
 from avss_nb.scale import (
-    _exchange,
+    _gather_bytes,
     _packed,
     _read,
     _unpacked,
     _write,
+    distributed_layer_scores,
     estimate,
-    launch,
-    processes,
-    share,
-    spread,
-    spread_scores,
+    launch_processes,
+    map_between_processes,
+    rank_and_world_size,
+    split_between_processes,
 )
 
 POINTS = ("output", "relative_update", "attention", "mlp_hidden")
@@ -72,30 +72,32 @@ def some_answers(n: int = 7) -> Dataset:
 @given(st.integers(0, 20), st.integers(1, 25))
 def test_all_shares_are_all_items_and_none_twice(n_items, n):
     for items, plain in ((list(range(n_items)), list), (pd.DataFrame(dict(x=range(n_items))), lambda t: t.x.tolist())):
-        shares = [plain(share(items, number=i, n=n)) for i in range(n)]
+        shares = [plain(split_between_processes(items, rank=i, world_size=n)) for i in range(n)]
         assert sorted(sum(shares, [])) == list(range(n_items)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_shares_of_a_dataset():
     data = Dataset.from_dict(dict(x=range(5)))
-    assert [share(data, number=i, n=3)["x"][:] for i in range(3)] == [[0, 3], [1, 4], [2]] and len(
-        share(data, number=6, n=7)
-    ) == 0
+    parts = [split_between_processes(data, rank=i, world_size=3)["x"][:] for i in range(3)]
+    assert parts == [[0, 3], [1, 4], [2]]
+    assert len(split_between_processes(data, rank=6, world_size=7)) == 0
 
 
 def everything(model, texts, answers) -> dict:
     "What several processes make together, as plain arrays and tables."
-    stats = spread(lambda some: collect_stats(model, some, points=POINTS, reduce=REDUCTIONS), texts)
-    said = spread(lambda some: answer_stats(model, TOKENIZER, some, points=POINTS), answers, chunk=2)
+    stats = map_between_processes(lambda some: collect_stats(model, some, points=POINTS, reduce=REDUCTIONS), texts)
+    of_answers = map_between_processes(
+        lambda some: answer_stats(model, TOKENIZER, some, points=POINTS), answers, chunk=2
+    )
     return dict(
-        who=processes(),
+        who=rank_and_world_size(),
         stats={k: t.numpy() for k, t in stats.sums.items()},
-        said={k: t.numpy() for k, t in said.sums.items()},
-        ids=said.ids,
-        lengths=said.lengths,
-        losses=spread(lambda some: removal_losses(model, some), texts, add=True),
-        few=spread(lambda some: removal_losses(model, some), texts[:1]),
-        scores=spread_scores(
+        of_answers={k: t.numpy() for k, t in of_answers.sums.items()},
+        ids=of_answers.ids,
+        lengths=of_answers.lengths,
+        losses=map_between_processes(lambda some: removal_losses(model, some), texts, add=True),
+        few=map_between_processes(lambda some: removal_losses(model, some), texts[:1]),
+        scores=distributed_layer_scores(
             model,
             texts,
             methods=[
@@ -111,24 +113,23 @@ def everything(model, texts, answers) -> dict:
     )
 
 
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_equal_one(n):
     model, texts, answers = tiny("llama"), text_batches(), some_answers()
-    alone, together = everything(model, texts, answers), launch(everything, model, texts, answers, n=n)
+    alone = everything(model, texts, answers)
+    together = launch_processes(everything, model, texts, answers, world_size=n)
     assert [found["who"] for found in together] == [(i, n) for i in range(n)]
-    plain, said = (
-        collect_stats(model, texts, points=POINTS, reduce=REDUCTIONS),
-        answer_stats(model, TOKENIZER, answers, points=POINTS),
-    )
+    plain = collect_stats(model, texts, points=POINTS, reduce=REDUCTIONS)
+    of_answers = answer_stats(model, TOKENIZER, answers, points=POINTS)
     for found in together:
         for name, t in plain.sums.items():
             np.testing.assert_allclose(found["stats"][name], t, rtol=1e-9, atol=1e-9 * abs(t).max(), err_msg=name)
-        for name in said.sums:
-            np.testing.assert_array_equal(found["said"][name], alone["said"][name])  # the same chunks: to the last bit
-        np.testing.assert_allclose(
-            found["said"]["output.sumsq"], said.sums["output.sumsq"], rtol=1e-5
-        )  # other batches: float32
-        assert found["ids"].tolist() == said.ids.tolist() and found["lengths"].tolist() == said.lengths.tolist()
+        for name in of_answers.sums:  # the same chunks: to the last bit
+            np.testing.assert_array_equal(found["of_answers"][name], alone["of_answers"][name])
+        found_sums = found["of_answers"]["output.sumsq"]
+        np.testing.assert_allclose(found_sums, of_answers.sums["output.sumsq"], rtol=1e-5)  # other batches: float32
+        assert found["ids"].tolist() == of_answers.ids.tolist()
+        assert found["lengths"].tolist() == of_answers.lengths.tolist()
         pd.testing.assert_frame_equal(found["losses"], alone["losses"], check_exact=True)
         pd.testing.assert_frame_equal(found["losses"], removal_losses(model, texts), rtol=1e-9)
         pd.testing.assert_frame_equal(
@@ -154,13 +155,14 @@ def fatal_run(out, kill: bool = False):
     model, texts = tiny("llama"), text_batches()
 
     def work(some):
-        if kill and processes()[0] == 1 and some[0] is texts[3]:
+        if kill and rank_and_world_size()[0] == 1 and some[0] is texts[3]:
             os.kill(os.getpid(), signal.SIGKILL)
         return removal_losses(model, some)
 
-    return spread(work, texts, out=out, add=True)
+    return map_between_processes(work, texts, out=out, add=True)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_nothing_is_lost(tmp_path):
     script, out = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SCRIPT.format(tests=str(ROOT / "tests"), out=str(out)))
@@ -196,89 +198,98 @@ def test_a_killed_process_is_named_and_nothing_is_lost(tmp_path):
         and not any(name.endswith(".part") for name in left)
     )
     undisturbed = fatal_run(None)
-    for table in launch(fatal_run, out, n=3):
+    for table in launch_processes(fatal_run, out, world_size=3):
         pd.testing.assert_frame_equal(table, undisturbed, check_exact=True)  # another number of processes goes on
     assert {name: (out / name).stat().st_mtime_ns for name in left} == left  # nothing was made twice
     pd.testing.assert_frame_equal(undisturbed, removal_losses(tiny("llama"), text_batches()), rtol=1e-9)
 
 
-def test_the_one_that_was_killed_is_named():
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW)], ids=["1", "0", "1b"])
+def test_the_one_that_was_killed_is_named(victim):
     "Those that lose the connection must not be taken for the one that died."
-    for victim in (0, 1, 1):
-        with pytest.raises(RuntimeError, match=f"^process {victim} of 2 was killed by SIGKILL"):
-            launch(killed, victim, n=2)
+    with pytest.raises(RuntimeError, match=f"^process {victim} of 2 was killed by SIGKILL"):
+        launch_processes(killed, victim, world_size=2)
 
 
 def killed(victim):
-    _exchange(b"all are there", 60)
-    if processes()[0] == victim:
+    _gather_bytes(b"all are there", 60)
+    if rank_and_world_size()[0] == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-    _exchange(b"one is missing", 60)
+    _gather_bytes(b"one is missing", 60)
 
 
 def late():
-    if processes()[0] == 1:
+    if rank_and_world_size()[0] == 1:
         time.sleep(60)
-    spread(lambda some: removal_losses(tiny("llama"), some), text_batches(), add=True, timeout=1)
+    map_between_processes(lambda some: removal_losses(tiny("llama"), some), text_batches(), add=True, timeout=1)
 
 
+@pytest.mark.slow
 def test_one_that_does_not_come_is_named():
     started = time.monotonic()
     with pytest.raises(
         RuntimeError,
         match=r"process 0 of 2 ended with TimeoutError: process 0 waited 1 s for the others in vain: .*Ranks 1 failed",
     ):
-        launch(late, n=2)
+        launch_processes(late, world_size=2)
     assert time.monotonic() - started < 40
 
 
 def other_model():
-    n = 3 + processes()[0]
-    return spread(lambda some: collect_stats(tiny("llama", num_hidden_layers=n), some), text_batches())
+    n = 3 + rank_and_world_size()[0]
+    return map_between_processes(lambda some: collect_stats(tiny("llama", num_hidden_layers=n), some), text_batches())
 
 
 def other_items():
-    return spread(lambda some: removal_losses(tiny("llama"), some), text_batches(3 + processes()[0]), add=True)
+    texts = text_batches(3 + rank_and_world_size()[0])
+    return map_between_processes(lambda some: removal_losses(tiny("llama"), some), texts, add=True)
 
 
 def not_finite():
     model = tiny("llama")
-    if processes()[0]:
+    if rank_and_world_size()[0]:
         blocks(model)[2].mlp.down_proj.weight.data.fill_(torch.nan)
-    return spread(lambda some: collect_stats(model, some), text_batches())
+    return map_between_processes(lambda some: collect_stats(model, some), text_batches())
 
 
 @pytest.mark.parametrize(
-    "work, said",
+    "work, message",
     [
         (other_model, r"process 1 and process 0 do not belong together: output.count is \(4,\) and \(3,\)"),
-        (other_items, "process 1 has 4 items and process 0 has 3"),
-        (not_finite, "process 1 of 2 ended with FloatingPointError: activations of layer 2 are NaN or infinite"),
+        pytest.param(other_items, "process 1 has 4 items and process 0 has 3", marks=SLOW),
+        pytest.param(
+            not_finite,
+            "process 1 of 2 ended with FloatingPointError: activations of layer 2 are NaN or infinite",
+            marks=SLOW,
+        ),
     ],
 )
-def test_errors_of_several_processes(work, said):
-    with pytest.raises(RuntimeError, match=said):
-        launch(work, n=2)
+def test_errors_of_several_processes(work, message):
+    with pytest.raises(RuntimeError, match=message):
+        launch_processes(work, world_size=2)
 
 
 def test_bad_input(tmp_path):
     model, texts = tiny("llama"), text_batches()
     losses = lambda some: removal_losses(model, some)
     with pytest.raises(ValueError, match="nothing to do"):
-        spread(losses, [])
+        map_between_processes(losses, [])
     with pytest.raises(ValueError, match="a chunk has at least one item, not 0"):
-        spread(losses, texts, chunk=0)
+        map_between_processes(losses, texts, chunk=0)
     with pytest.raises(ValueError, match="text 0 has rows from two chunks: say add=True"):
-        spread(losses, texts)
+        map_between_processes(losses, texts)
     with pytest.raises(ValueError, match="gave a list"):
-        spread(lambda some: some, texts)
+        map_between_processes(lambda some: some, texts)
     with pytest.raises(ValueError, match="'shapley' is not a sum over texts"):
-        spread_scores(model, texts, methods=["avss", "shapley"])
+        distributed_layer_scores(model, texts, methods=["avss", "shapley"])
     with pytest.raises(ValueError, match="there is no process -1 of 2"):
-        share(texts, number=-1, n=2)
-    with pytest.raises(ValueError, match="n is at least 1, not 0"):
-        launch(processes, n=0)
-    spread(losses, texts, out=tmp_path / "run", add=True, settings=dict(model="tiny"))
+        split_between_processes(texts, rank=-1, world_size=2)
+    with pytest.raises(ValueError, match="world_size is at least 1, not 0"):
+        launch_processes(rank_and_world_size, world_size=0)
+    map_between_processes(losses, texts, out=tmp_path / "run", add=True, settings=dict(model="tiny"))
     for other in (
         dict(items=text_batches(6)),
         dict(settings=dict(model="large")),
@@ -286,7 +297,7 @@ def test_bad_input(tmp_path):
         dict(items=[batch_of(5, seed=i) for i in range(5)]),
     ):
         with pytest.raises(ValueError, match="holds a run with"):
-            spread(
+            map_between_processes(
                 losses,
                 other.pop("items", texts),
                 out=tmp_path / "run",
@@ -295,14 +306,14 @@ def test_bad_input(tmp_path):
             )
     (tmp_path / "run" / "chunk-00002.arrow").write_bytes(b"ARROW1")
     with pytest.raises(ValueError, match="chunk-00002.arrow is damaged: delete it"):
-        spread(losses, texts, out=tmp_path / "run", add=True, settings=dict(model="tiny"))
+        map_between_processes(losses, texts, out=tmp_path / "run", add=True, settings=dict(model="tiny"))
     with pytest.raises(ValueError, match="holds something else"):
-        spread(losses, texts, out=tmp_path, add=True)
+        map_between_processes(losses, texts, out=tmp_path, add=True)
 
 
 TABLES = [
     pd.DataFrame({"a": [1.0, np.nan, np.inf], 3: [1, 2, 3]}, index=pd.Index([5, 2, 9], name="text")),
-    pd.DataFrame(dict(said=["", 'é\n"', "007"], ok=[True, False, True])),
+    pd.DataFrame(dict(answer=["", 'é\n"', "007"], ok=[True, False, True])),
     pd.DataFrame(
         dict(x=[0.1 + 0.2, 1e-300]), index=pd.MultiIndex.from_tuples([("a", 1), ("b", 2)], names=["set", "layer"])
     ),
@@ -348,8 +359,8 @@ def check_same(model, other, batches: list[dict]):
     stats = [collect_stats(m, batches, points=POINTS, reduce=REDUCTIONS) for m in (model, other)]
     for name in stats[0].sums:
         assert torch.equal(*(s.sums[name] for s in stats)), name
-    said = [answer_stats(m, TOKENIZER, some_answers(3), points=("relative_update",)) for m in (model, other)]
-    assert torch.equal(*(s.sums["relative_update.sumsq"] for s in said))
+    of_answers = [answer_stats(m, TOKENIZER, some_answers(3), points=("relative_update",)) for m in (model, other)]
+    assert torch.equal(*(s.sums["relative_update.sumsq"] for s in of_answers))
     methods = ["avss", "block_influence", "avss_downstream", "leave_one_out", "magnitude"]
     pd.testing.assert_frame_equal(
         *(layer_scores(m, batches, methods=methods) for m in (model, other)), check_exact=True

@@ -1,4 +1,7 @@
-"""Sparse projections in every family: thresholds, top-k, allocation, a product by columns, a folder that keeps them, and what is refused."""
+"""Sparse projections in every family.
+
+Thresholds, top-k, allocation, a product by columns, a folder that keeps them, and what is refused.
+"""
 
 import json
 
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import avss_nb.allocation as allocation
 import avss_nb.sparsity as sparsity
 from avss_nb.data import load_questions, load_sentences
 from avss_nb.hooks import model_inputs
@@ -17,7 +21,7 @@ from avss_nb.models import blocks, load_model
 from avss_nb.pruning import measure_removal, paired_difference
 from avss_nb.surgery import skip_layers
 from avss_nb.allocation import (
-    _MOST,
+    _MAX_SPARSITY,
     _spectrum,
     acttail_plan,
     greedy_plan,
@@ -35,7 +39,6 @@ from avss_nb.sparsity import (
     calibrate_thresholds,
     densify_layer,
     load_sparse,
-    make_sparse,
     make_sparse,
     mean_sparsity,
     projection_sizes,
@@ -64,7 +67,7 @@ def plan_of(model, share: float = 0.5) -> pd.DataFrame:
     )  # Mamba reads this map's weight and never runs it
 
 
-def sparse_maps(model) -> int:
+def sparse_projections(model) -> int:
     return sum(isinstance(m, SparseLinear) for m in model.modules())
 
 
@@ -72,7 +75,7 @@ def hooks(model) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-# ---- which maps
+# ---- which projections
 
 EXPECTED = dict(
     llama="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
@@ -90,7 +93,7 @@ def test_projections_by_name(family):
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_every_linear_map_once(family):
+def test_every_linear_layer_once(family):
     block = blocks(tiny(family))[0]
     maps = projections(block)
     linear = [
@@ -150,7 +153,8 @@ def test_histogram_is_that_of_the_inputs(tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_quantile_is_within_its_bin(seed):
-    "Of Gaussian, heavy-tailed, tiny and rectified values: less than 1/32 from the exact one, and the share below is off by less than the bin holds."
+    """Of Gaussian, heavy-tailed, tiny and rectified values: less than 1/32 from the exact one, and the fraction below is
+    off by less than the bin holds."""
     draw = torch.Generator().manual_seed(seed)
     for x in (
         torch.randn(20_000, generator=draw),
@@ -203,7 +207,7 @@ def test_random_mask_is_seeded():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rule, value", [("threshold", 0.7), ("top_k", 5), ("random", 0.5)])
-def test_sparse_map_is_the_dense_map_of_the_masked_input(rule, value, dtype):
+def test_a_sparse_layer_is_the_dense_layer_of_the_masked_input(rule, value, dtype):
     torch.manual_seed(0)
     linear, x = nn.Linear(12, 7).to(dtype), torch.randn(3, 4, 12).to(dtype)
     expected = linear(
@@ -224,7 +228,8 @@ def test_sparse_map_is_the_dense_map_of_the_masked_input(rule, value, dtype):
 
 @pytest.mark.parametrize("family", ALL)
 def test_sparsify_leaves_nothing(family):
-    "Sparsity 0 is the same model bit for bit; any other changes it inside, and leaves no hook, no class and no attribute, after an exception neither."
+    """Sparsity 0 is the same model bit for bit. Any other changes it inside, and leaves no hook, no class and no
+    attribute, after an exception neither."""
     model, batch = tiny(family), batch_of(9, 4, 6)
     before, kinds = out(model, batch), [type(m) for m in model.modules()]
     attributes = [set(vars(m)) for m in model.modules()]
@@ -233,7 +238,7 @@ def test_sparsify_leaves_nothing(family):
         with sparsify(model, uniform_plan(model, 0.0), rule=rule, stats=stats):
             assert torch.equal(out(model, batch), before)
         with pytest.raises(RuntimeError, match="inside"), sparsify(model, plan_of(model), rule=rule, stats=stats):
-            assert sparse_maps(model) == plan_of(model).notna().sum().sum() and not torch.allclose(
+            assert sparse_projections(model) == plan_of(model).notna().sum().sum() and not torch.allclose(
                 out(model, batch), before, atol=1e-3
             )
             raise RuntimeError("inside")
@@ -251,7 +256,7 @@ def test_an_unfinished_entry_is_undone():
     with pytest.raises(ValueError, match="sparse already"):
         with sparsify(model, 0.5, rule="top_k"):
             pass
-    assert sparse_maps(model) == 1
+    assert sparse_projections(model) == 1
 
 
 def test_only_what_the_plan_names():
@@ -270,7 +275,8 @@ def test_only_what_the_plan_names():
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_realised_is_what_was_asked_for(family, side):
-    "Top-k to the unit, thresholds on the dense model's own inputs to a point; padding is not counted. What a ReLU has set to zero is zero already."
+    """Top-k to the unit, thresholds on the dense model's own inputs to a point; padding is not counted. What a ReLU has
+    set to zero is zero already."""
     model, batch = tiny(family), batch_of(40, 25, 33, side=side)
     plan, stats = plan_of(model).drop(columns=["fc2", "wo"], errors="ignore"), projection_stats(model, [batch])
     with sparsify(model, plan, rule="top_k"):
@@ -285,7 +291,8 @@ def test_realised_is_what_was_asked_for(family, side):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "phi3", "bert", "mixtral"])
 def test_calibration_of_the_sparse_model(family):
-    "In the same single pass: every map leaves out of that text what was asked for, while all others do. Calibrated on the dense model they leave out more."
+    """In the same single pass: every projection zeroes of that text what was asked for, while all others do. Calibrated
+    on the dense model they zero more."""
     model, batch, passes = tiny(family), batch_of(40, 25, 33), []
     plan, before = plan_of(model), out(model, batch)
     handle = blocks(model)[0].register_forward_pre_hook(lambda *_: passes.append(1))
@@ -324,7 +331,7 @@ def test_skipped_layers_and_sparse_ones_in_either_order():
         one = out(model, batch)
     with skip_layers(model, [1, 2]), sparsify(model, 0.5, rule="top_k"):
         other = out(model, batch)
-    assert torch.equal(one, other) and not sparse_maps(model)
+    assert torch.equal(one, other) and not sparse_projections(model)
 
 
 # ---- the product by columns, and models that stay sparse
@@ -375,9 +382,9 @@ def test_decoding_by_columns_is_the_masked_dense_form(family, rule, monkeypatch)
             output_logits=True,
             return_dict_in_generate=True,
         )
-    assert torch.equal(found.sequences, masked.sequences) and len(calls) == 7 * sparse_maps(sparse) > 0
+    assert torch.equal(found.sequences, masked.sequences) and len(calls) == 7 * sparse_projections(sparse) > 0
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(masked.logits), rtol=1e-5, atol=1e-4)
-    assert not sparse_maps(model)
+    assert not sparse_projections(model)
 
 
 def test_other_types_and_longer_inputs_take_the_dense_form(monkeypatch):
@@ -403,7 +410,7 @@ def test_a_saved_model_is_as_sparse(folder):
     model, sparse, path = folder
     again, _ = load_sparse(path)
     batch = batch_of(9, 4, 6)
-    assert torch.equal(out(again, batch), out(sparse, batch)) and sparse_maps(again) == 35
+    assert torch.equal(out(again, batch), out(sparse, batch)) and sparse_projections(again) == 35
     torch.testing.assert_close(out(again, batch_of(1)), out(sparse, batch_of(1)), rtol=1e-5, atol=1e-5)  # by columns
     assert {p.suffix for p in path.iterdir()} <= {".safetensors", ".json", ".jinja", ".txt"}
     assert torch.equal(out(load_model(path)[0], batch), out(model, batch)) and not hasattr(
@@ -415,7 +422,7 @@ def test_a_saved_model_is_as_sparse(folder):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda c: c.pop("activation_sparsity"), "holds no sparse model"),
         (lambda c: c["activation_sparsity"]["layers"].pop(), "4 layers for 5"),
@@ -424,11 +431,11 @@ def test_a_saved_model_is_as_sparse(folder):
     ],
     ids=range(4),
 )
-def test_a_folder_that_does_not_fit(folder, change, said):
+def test_a_folder_that_does_not_fit(folder, change, message):
     config = json.loads((folder[2] / "config.json").read_text())
     change(config)
     (folder[2] / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_sparse(folder[2])
 
 
@@ -440,7 +447,7 @@ def test_greedy_is_the_reference(lazy):
     "Each step adds the same weights and takes the projection of the least block error; written out with masks by hand."
     model, batch = tiny("llama"), batch_of(9, 4, 6)
     stats, step = projection_stats(model, [batch_of(9, 4, 6, seed=1)]), 0.05
-    found = greedy_plan(model, [batch], stats, sparsity=0.3, step=step, lazy=lazy)
+    found = greedy_plan(model, [batch], stats=stats, sparsity=0.3, step=step, lazy=lazy)
     size, inputs = projection_sizes(model).iloc[2], {}
     block = blocks(model)[2]
     handle = block.register_forward_hook(lambda b, a, k, y: inputs.update(args=a, kwargs=k, y=y), with_kwargs=True)
@@ -455,7 +462,7 @@ def test_greedy_is_the_reference(lazy):
     level = dict.fromkeys(size.index, 0.0)
     for number in range(1, 7):
         tries = {name: level | {name: level[name] + step * size.sum() / size[name]} for name in level}
-        errors = {name: error(l) for name, l in tries.items() if l[name] <= _MOST}
+        errors = {name: error(l) for name, l in tries.items() if l[name] <= _MAX_SPARSITY}
         level, row = tries[best := min(errors, key=errors.get)], found.loc[(round(number * step, 10), 2)]
         if not lazy or row[list(level)].to_dict() == pytest.approx(level):
             assert row[list(level)].to_dict() == pytest.approx(level) and row.error == pytest.approx(
@@ -465,14 +472,14 @@ def test_greedy_is_the_reference(lazy):
         mean_sparsity(model, found.loc[0.3][list(level)]) == pytest.approx(0.3)
         and found.loc[0.3].error.loc[2] <= 1.02 * errors[best]
     )
-    assert not hooks(model) and not sparse_maps(model)
+    assert not hooks(model) and not sparse_projections(model)
 
 
 @pytest.mark.parametrize("family", [f for f in ALL if f != "mamba"])
 def test_greedy_in_every_family(family):
     model, batch = tiny(family), batch_of(9, 4, 6)
     before = out(model, batch)
-    found = greedy_plan(model, [batch], projection_stats(model, [batch]), sparsity=0.4, step=0.04)
+    found = greedy_plan(model, [batch], stats=projection_stats(model, [batch]), sparsity=0.4, step=0.04)
     assert mean_sparsity(model, found.loc[0.4].drop(columns="error")) == pytest.approx(0.4) and torch.equal(
         out(model, batch), before
     )
@@ -482,7 +489,8 @@ def test_greedy_in_every_family(family):
 
 @pytest.mark.parametrize("density", [1.8, 2.5, 4.0])
 def test_hill_of_a_pareto_sample(density):
-    "P(λ > x) = x^−(α−1): the estimate is within four standard errors, (α − 1)/√k, in every one of twenty samples, and unbiased."
+    """P(λ > x) = x^−(α−1): the estimate is within four standard errors, (α − 1)/√k, in every one of twenty samples, and
+    unbiased."""
     found = [hill_exponent(np.random.default_rng(seed).pareto(density - 1, 4000) + 1) for seed in range(20)]
     error = (density - 1) / 2000**0.5
     assert np.abs(np.array(found) - density).max() < 4 * error and abs(np.mean(found) - density) < error
@@ -509,7 +517,7 @@ def test_heavier_tails_are_spared(family, share):
     pairs = pd.DataFrame(dict(a=exponents.stack(), p=plan.stack())).dropna().sort_values("a")
     assert (
         (pairs.p.diff().dropna() >= -1e-12).all()
-        and pairs.p.between(0, _MOST).all()
+        and pairs.p.between(0, _MAX_SPARSITY).all()
         and (pairs.p.nunique() > 5 or not share)
     )
     assert np.allclose(acttail_plan(model, exponents * 0 + 2, share).stack().dropna(), share)  # equal tails: uniform
@@ -518,12 +526,15 @@ def test_heavier_tails_are_spared(family, share):
 # ---- measuring
 
 
-def test_arms_leave_out_what_they_say():
-    "All four as many inputs, of a share that is no round number; by thresholds the first two, calibrated on the sparse model."
+def test_variants_zero_what_they_ask_for():
+    """All four as many inputs, of a fraction that is no round number; by thresholds the first two, calibrated on the
+    sparse model."""
     model, text, share = tiny("llama"), [batch_of(9, 4, 6)], 1 / 3
-    path = greedy_plan(model, text, projection_stats(model, text), sparsity=share, step=share / 10)
+    path = greedy_plan(model, text, stats=projection_stats(model, text), sparsity=share, step=share / 10)
+    exponents = weight_exponents(model)
     variants = {
-        name: make() for name, make in sparse_variants(model, text, share, path, weight_exponents(model)).items()
+        name: make()
+        for name, make in sparse_variants(model, text, sparsity=share, path=path, exponents=exponents).items()
     }
     assert [(name, variant.get("rule", "threshold")) for name, variant in variants.items()] == [
         ("uniform", "threshold"),
@@ -556,7 +567,7 @@ def test_plans_are_measured_as_removals_are(tmp_path, monkeypatch):
     }
     items = measure_plans(model, tokenizer, variants, texts, questions, out=tmp_path)
     pd.testing.assert_frame_equal(items, measure_plans(model, tokenizer, variants, texts, questions), check_dtype=False)
-    monkeypatch.setattr(sparsity, "_measure_items", None)
+    monkeypatch.setattr(allocation, "measure_items", None)
     pd.testing.assert_frame_equal(
         items, measure_plans(model, tokenizer, variants, texts, questions, out=tmp_path), check_exact=True
     )  # what is stored is not measured again
@@ -580,7 +591,7 @@ def test_plans_are_measured_as_removals_are(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "plan, said",
+    "plan, message",
     [
         (1.0, r"sparsity of q_proj in layer 0 is 1.0"),
         (-0.1, "is -0.1"),
@@ -592,11 +603,11 @@ def test_plans_are_measured_as_removals_are(tmp_path, monkeypatch):
     ],
     ids=range(7),
 )
-def test_bad_plan(plan, said):
+def test_bad_plan(plan, message):
     model = tiny("llama")
     for call in (sparsify, make_sparse):
-        with pytest.raises(ValueError, match=said) as error:
-            call(model, plan, "top_k")
+        with pytest.raises(ValueError, match=message) as error:
+            call(model, plan, rule="top_k")
         assert "\n" not in str(error.value)
 
 
@@ -618,7 +629,7 @@ def test_bad_calibration():
     with pytest.raises(ValueError, match="no calibration histogram for layer 7"):
         calibrate_thresholds(stats, pd.DataFrame(dict(q_proj=[0.5]), index=[7]))
     with pytest.raises(ValueError, match="no calibration histogram for layer 3"):
-        greedy_plan(model, [batch], without)
+        greedy_plan(model, [batch], stats=without)
     for given in ([], [batch | dict(token_mask=batch["token_mask"] & False)]):
         with pytest.raises(ValueError, match="no token was counted"):
             projection_stats(model, given)
@@ -635,11 +646,11 @@ def test_bad_allocation():
     stats = projection_stats(model, [batch])
     for bad in (dict(sparsity=1.0), dict(sparsity=0.5, step=0.6), dict(sparsity=0.5, step=0.0)):
         with pytest.raises(ValueError, match="lies in"):
-            greedy_plan(model, [batch], stats, **bad)
+            greedy_plan(model, [batch], stats=stats, **bad)
     with pytest.raises(ValueError, match="take a smaller one"):
-        greedy_plan(model, [batch], stats, sparsity=0.9, step=0.45)
+        greedy_plan(model, [batch], stats=stats, sparsity=0.9, step=0.45)
     with pytest.raises(ValueError, match="there is no text"):
-        greedy_plan(model, [], stats)
+        greedy_plan(model, [], stats=stats)
     with pytest.raises(ValueError, match="at least two"):
         hill_exponent([1.0, 2.0])
     with pytest.raises(ValueError, match="not above 0"):
