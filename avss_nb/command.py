@@ -156,11 +156,11 @@ def _ls(options: Namespace) -> int:
         print(f"{name:{width}}  {meaning}")
     return 0
 
-# %% ../nbs/53_command.ipynb #99436e1e
-def _add_common(parser: ArgumentParser, names: tuple[str, ...]):
+# %% ../nbs/53_command.ipynb #cac1cfa8
+def _add_common(parser: ArgumentParser, names: tuple[str, ...], **defaults):
     "What every command that loads a model has."
     parser.add_argument("model", help="short name (smollm2-135m), folder, GGUF file or hub id")
-    add_options(parser, names)
+    add_options(parser, names, **defaults)
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of memory and time; nothing is loaded")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -178,7 +178,7 @@ def _add_study(commands):
     )
     parser.set_defaults(run=_study)
 
-# %% ../nbs/53_command.ipynb #ea4dac52
+# %% ../nbs/53_command.ipynb #d9c6e3c4
 def _add_score(commands):
     parser = commands.add_parser(
         "score",
@@ -199,11 +199,11 @@ def _add_prune(commands):
         help="write a smaller model, with a card of what it lost",
         description="Take the least important layers out of a language model, and say what that costs.",
     )
-    _add_common(parser, MODEL_OPTIONS + TEXT_OPTIONS + PRUNE_OPTIONS)
+    _add_common(parser, MODEL_OPTIONS + TEXT_OPTIONS + PRUNE_OPTIONS, size="full")
     parser.add_argument("--out", required=True, help="the new folder; it must not exist yet")
     parser.add_argument("--score", default="avss", help="of avss ls scores, or a column of --scores; default avss")
     parser.add_argument("--scores", help="a CSV file with the columns layer and that of --score, instead of measuring")
-    parser.set_defaults(run=_prune, size="full")
+    parser.set_defaults(run=_prune)
 
 # %% ../nbs/53_command.ipynb #ff1221e3
 def _add_ls(commands):

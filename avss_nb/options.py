@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args
 
-# %% ../nbs/50_options.ipynb #87ca38b8
+# %% ../nbs/50_options.ipynb #4ceafe8d
 def option(
-    default: Any,
+    default: Any,  # the value where none is given
     meaning: str,  # one line, as `--help` shows it
     *,
     choices: tuple | None = None,  # all values that are allowed
@@ -96,26 +96,25 @@ def _check_numbers(settings: Settings):
     if not 0 < settings.fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1 (both excluded), not {settings.fraction}")
 
-# %% ../nbs/50_options.ipynb #1a9b81b2
+# %% ../nbs/50_options.ipynb #fb1beb04
 def _value_type(setting: Field) -> Any:
     "The type of a field's value, None aside."
     return setting.type if isinstance(setting.type, type) else get_args(setting.type)[0]
 
 
-def _help_text(setting: Field) -> str:
+def _help_text(setting: Field, default: Any) -> str:
     "A field's meaning with its default."
     name, meaning = setting.name, setting.metadata["help"]
     if name in SIZES["quick"]:
         numbers = ", ".join(f"{numbers[name]} ({size})" for size, numbers in SIZES.items())
         return f"{meaning}; default {numbers}"
-    if setting.default is None or "0: " in meaning:
-        return meaning
-    return f"{meaning}; default {setting.default}"
+    return meaning if default is None or "0: " in meaning else f"{meaning}; default {default}"
 
-# %% ../nbs/50_options.ipynb #d0f27a21
+# %% ../nbs/50_options.ipynb #a6cd2fb0
 def add_options(
-    parser: ArgumentParser,
+    parser: ArgumentParser,  # of a command
     names: Iterable[str] | None = None,  # of fields of `Settings`; default: all but the model
+    **defaults,  # by name, where a command's is not the field's
 ):
     "Give a command the options that are fields of `Settings`. ValueError for a name that is no field."
     known = {setting.name: setting for setting in fields(Settings)}
@@ -123,11 +122,11 @@ def add_options(
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"no settings: {', '.join(unknown)}; known are {', '.join(known)}")
     for name in wanted:
-        setting = known[name]
+        setting, default = known[name], defaults.get(name, known[name].default)
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=_value_type(setting),
             choices=setting.metadata["choices"],
-            default=setting.default,
-            help=_help_text(setting).replace("%", "%%"),
+            default=default,
+            help=_help_text(setting, default).replace("%", "%%"),
         )

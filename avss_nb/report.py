@@ -176,13 +176,13 @@ def memory_in_words(
     warning = "Warning: that is more than is free, and the run may be killed: --dtype bfloat16 or a smaller"
     return f"{words}\n{warning} --max-length takes less"
 
-# %% ../nbs/50_report.ipynb #be43f29d
+# %% ../nbs/50_report.ipynb #c1eea722
 def work_plan(
     settings: Settings,
     n_layers: int,
     *,
     n_choices: int | None = None,  # of layers to remove; default: those of a study
-) -> pd.Series:  # tokens per step, in the order of the steps
+) -> pd.Series:  # tokens; index `step`, in the order of the steps
     "Tokens that a study sends through the model; the factors are ours, timed on the bundled model."
     tokens = settings.passages * settings.max_length
     items = tokens + 35 * settings.questions + 24 * settings.sentences
