@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import avss_nb.labeling
+import avss_nb.report
 import avss_nb.shipping
-import avss_nb.study
 from avss_nb.ablations import run_variants
 from avss_nb.contrastive import contrastive_tune
 from avss_nb.labeling import generate_answers
@@ -125,7 +125,7 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
     wanted = Settings(model=model_folder, **SMALL)
     data, parts = study_data(wanted), load_model(model_folder, device="cpu")
     llama, tokenizer = tiny("llama"), AutoTokenizer.from_pretrained(model_folder)
-    for module in (avss_nb.study, avss_nb.shipping):
+    for module in (avss_nb.report, avss_nb.shipping):
         module.study_data, module.load_model = (lambda settings: data), (lambda *args, **options: parts)
     avss_nb.labeling._CHUNK = 2
 
@@ -134,7 +134,7 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
 
     def prune(out: Path):
         if not out.exists():
-            avss_nb.shipping.prune_to_folder(model_folder, out, **SMALL)
+            avss_nb.shipping.prune_to_folder(model_folder, out=out, **SMALL)
 
     def answers(out: Path):
         generate_answers(parts[0], tokenizer, Dataset.from_list(ASKED), n_samples=1, max_new_tokens=6, stop=(), out=out)

@@ -27,7 +27,8 @@ from avss_nb.metrics import LayerStats, avss, collect_stats, navss, sparsity
 from avss_nb.models import blocks, convert_gguf, load_model
 from avss_nb.pruning import select_layers
 from avss_nb.surgery import skip_layers
-from avss_nb.report import main, run_study
+from avss_nb.command import main
+from avss_nb.report import run_study
 from tiny import batch_of, one_thread, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -529,13 +530,13 @@ def test_two_processes_convert_at_once(tiny_gguf, cache):
 
 
 def command_fails(capsys, *arguments, naming: tuple = ()) -> str:
-    "Run `avss_study` with wrong arguments: status 2 or 1, one line on stderr, no traceback."
+    "Run `avss study` with wrong arguments: status 2 or 1, one line on stderr, no traceback."
     try:
-        status = main([str(a) for a in arguments])
+        status = main(["study", *(str(a) for a in arguments)])
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()
-    lines = [line for line in err.splitlines() if line.startswith("avss_study: ")]
+    lines = [line for line in err.splitlines() if line.startswith("avss study: ")]
     assert status in (1, 2) and len(lines) == 1 and "Traceback" not in out + err and not out, out + err
     assert all(str(part) in lines[0] for part in naming), lines[0]
     return lines[0]
@@ -686,7 +687,7 @@ def test_command_with_a_broken_model(capsys, model_folder, tmp_path):
 def test_command_as_a_process(tmp_path):
     "The status reaches the shell."
     process = start(
-        "import os, sys; from avss_nb.report import main; sys.exit(main(['nonesuch', '--out', os.environ['OUT']]))",
+        "import os, sys; from avss_nb.command import main; sys.exit(main(['study', 'nonesuch', '--out', os.environ['OUT']]))",
         OUT=tmp_path / "out",
     )
     out, err = process.communicate()

@@ -382,7 +382,7 @@ def claimed(out: Path, model: Path):
 
 
 def pruned(out: Path, model: Path):
-    return avss_nb.shipping.prune_to_folder(model, out, **SMALL)
+    return avss_nb.shipping.prune_to_folder(model, out=out, **SMALL)
 
 
 @pytest.mark.parametrize("change", [other_weights, other_config])
@@ -464,8 +464,8 @@ def test_notes_of_the_stored_studies_are_accepted():
     for note in (ROOT / "nbs" / "results").glob("*/settings.json"):
         assert "content" not in json.loads(note.read_text())["settings"]
     check_run(
-        ROOT / "nbs" / "results" / "study",
-        asdict(avss_nb.report.Settings(heal_steps=40, tune_steps=20, sparsity=0.5)) | content_key("smollm2-135m"),
+        ROOT / "nbs" / "results" / "report",
+        asdict(avss_nb.report.Settings(size="full", heal_steps=40, tune_steps=20, sparsity=0.5)) | content_key("smollm2-135m"),
     )
 
 

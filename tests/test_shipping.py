@@ -1,4 +1,4 @@
-"""The command `avss_prune`, from a model folder to a smaller one that transformers loads alone."""
+"""The command `avss prune`, from a model folder to a smaller one that transformers loads alone."""
 
 import json
 
@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import avss_nb.report
 import avss_nb.shipping
-import avss_nb.study
+from avss_nb.command import main
 from avss_nb.models import blocks, load_model
 from avss_nb.surgery import skip_layers
-from avss_nb.shipping import main, prune_to_folder
+from avss_nb.shipping import prune_to_folder
 from tiny import one_thread
 
 SMALL = dict(passages=4, questions=6, sentences=6, max_length=32)
@@ -42,8 +43,8 @@ def pruned(folder, tmp_path_factory):
 
 def failed(capsys, *arguments) -> str:
     "Run the command where it must fail: status 2 and one line on stderr."
-    assert main([str(a) for a in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("avss_prune: ")]
+    assert main(["prune", *(str(a) for a in arguments)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("avss prune: ")]
     assert len(lines) == 1
     return lines[0]
 
@@ -190,13 +191,13 @@ def test_a_healed_model_has_its_own_column_and_goes_on_after_a_kill(folder, prun
     with pytest.raises(KeyboardInterrupt):
         prune_to_folder(folder, out=tmp_path / "smaller", heal_steps=3, **SMALL)
     monkeypatch.undo()
-    monkeypatch.setattr(avss_nb.study, "_measure_items", lambda *args: pytest.fail("measured twice"))
+    monkeypatch.setattr(avss_nb.report, "measure_items", lambda *args: pytest.fail("measured twice"))
     healed = prune_to_folder(folder, out=tmp_path / "smaller", heal_steps=3, **SMALL)
     assert files(healed) == files(pruned) and files(tmp_path) == ["smaller"]
     card, left = (healed / "README.md").read_text(), pd.read_csv(healed / "retention.csv", index_col=0)
     assert (
         "Then healed: 3 steps of 512 tokens of pydoc" in card
-        and "| measured on other text | whole | pruned | healed | retained |" in card
+        and "| measured on other text | base model | pruned | healed | retained |" in card
         and "Nothing was trained" not in card
     )
     assert (

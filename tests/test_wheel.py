@@ -51,11 +51,8 @@ def test_wheel_and_sdist_carry_the_study_notebook(wheel):
     with zipfile.ZipFile(wheel) as z:
         assert z.read("avss_nb/50_report.ipynb") == study
         entry_points = z.read(next(n for n in z.namelist() if n.endswith("entry_points.txt"))).decode()
-    assert (
-        "avss_study = avss_nb.report:main" in entry_points
-        and "avss_prune = avss_nb.shipping:main" in entry_points
-        and "avss_nb = avss_nb._modidx:d" in entry_points
-    )
+    assert "avss = avss_nb.command:main" in entry_points and "avss_nb = avss_nb._modidx:d" in entry_points
+    assert entry_points.count(":main") == 1
     (sdist,) = wheel.parent.glob("*.tar.gz")
     with tarfile.open(sdist) as t:
         name = next(n for n in t.getnames() if n.endswith("/avss_nb/50_report.ipynb"))
@@ -99,14 +96,23 @@ def test_it_runs_where_the_repository_is_not(installed, tmp_path):
 
 @pytest.mark.parametrize(
     "command, says",
-    [("avss_study", "Study the layers of a language model"), ("avss_prune", "Take the least important layers")],
+    [
+        ("study", "Study the layers of a language model"),
+        ("score", "Score the layers of a language model"),
+        ("prune", "Take the least important layers"),
+        ("ls", "that can be asked for by name"),
+    ],
 )
 def test_its_commands_run(installed, tmp_path, command, says):
     assert says in " ".join(
-        run(sys.executable, installed / "bin" / command, "--help", cwd=tmp_path, PYTHONPATH=str(installed)).split()
+        run(
+            sys.executable, installed / "bin" / "avss", command, "--help", cwd=tmp_path, PYTHONPATH=str(installed)
+        ).split()
     )
 
 
 def test_its_report_is_made_from_the_notebook_inside(installed, tmp_path):
-    code = AWAY + "from avss_nb.report import Settings, _report_cells; print(len(_report_cells(Settings(), Path('.'))))"
+    code = (
+        AWAY + "from avss_nb.report import Settings, _report_cells; print(len(_report_cells(Settings(), Path('.'), 4)))"
+    )
     assert int(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))) > 10

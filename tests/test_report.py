@@ -1,4 +1,4 @@
-"The command `avss_study`, from a model folder to a report, on a tiny random model."
+"The command `avss study`, from a model folder to a report, on a tiny random model."
 
 import json
 import re
@@ -18,7 +18,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 import avss_nb.report
 from avss_nb.data import load_questions
 from avss_nb.models import load_model
-from avss_nb.report import ANSWER_TABLES, Settings, load_study, main, memory_in_words, run_study, wrong_answers
+from avss_nb.command import main
+from avss_nb.options import Settings
+from avss_nb.report import (
+    ANSWER_TABLES,
+    STAGES,
+    load_study,
+    measure_in_stages,
+    memory_in_words,
+    run_study,
+    still_to_come,
+    wrong_answers,
+    write_report,
+)
 from tiny import tiny
 
 SMALL = [
@@ -74,7 +86,8 @@ def command(model_folder, out):
     return [
         sys.executable,
         "-c",
-        "import sys; from avss_nb.report import main; sys.exit(main())",
+        "import sys; from avss_nb.command import main; sys.exit(main())",
+        "study",
         str(model_folder),
         "--out",
         str(out),
@@ -127,13 +140,17 @@ def test_the_memory_it_takes_is_said_first(finished):
 def test_memory_of_the_bundled_model(monkeypatch, capsys, tmp_path, free, warned):
     "Before anything is measured; more than is free is a warning, no refusal."
     monkeypatch.setattr(avss_nb.report, "_free", lambda settings: free)
-    monkeypatch.setattr(avss_nb.report, "measure", lambda *args: (_ for _ in ()).throw(OSError("measured")))
-    assert main(["smollm2-135m", "--out", str(tmp_path / "out")]) == 2
+
+    def measured(*args, **options):
+        raise OSError("measured")
+
+    monkeypatch.setattr(avss_nb.report, "measure_in_stages", measured)
+    assert main(["study", "smollm2-135m", "--size", "full", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr()
     first, *rest, last = said.err.splitlines()
     assert (
         first.startswith("Memory: 0.54 GB of weights; 0.59 GB at work on statistics, 0.85 GB on leave-one-out")
-        and last == "avss_study: measured"
+        and last == "avss study: measured"
         and not said.out
     )
     assert len(rest) == warned and all(line.startswith("Warning: that is more than is free") for line in rest)
@@ -167,7 +184,7 @@ def test_results_are_plain_numbers(finished):
     assert load_file(out / "stats.safetensors")["output.hist"].shape == (8, 8192)
 
 
-def test_the_healed_model_stands_beside_the_others(finished):
+def test_the_healed_model_is_compared_with_the_others(finished):
     out, _ = finished
     study = load_study(out)
     healed, pruned = (study.removal.loc[m] for m in ("avss_healed", "avss"))
@@ -175,7 +192,7 @@ def test_the_healed_model_stands_beside_the_others(finished):
     assert "After 2 steps of distillation" in (out / "report.html").read_text() and not (out / "healing").exists()
 
 
-def test_contrastive_training_stands_beside_the_untouched_model(finished):
+def test_contrastive_training_is_compared_with_the_base_model(finished):
     out, _ = finished
     study = load_study(out)
     assert [*study.tuned.index.unique("variant")] == [
@@ -261,3 +278,54 @@ def test_other_settings_do_not_mix(finished, model_folder):
 def test_unfinished_study_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished study"):
         load_study(tmp_path)
+
+
+def test_a_page_after_each_stage(model_folder, tmp_path):
+    "Each takes the place of the one before it, shows what is measured and says what is still to come."
+    wanted = Settings(str(model_folder), passages=4, questions=6, sentences=6, max_length=32)
+    pages = []
+    for study in measure_in_stages(wanted, tmp_path / "out"):
+        assert study.stage == len(pages) + 1 and bool(still_to_come(study)) == (study.stage < len(STAGES))
+        pages.append(write_report(study).read_text(encoding="utf-8"))
+    assert ["Still to come" in page for page in pages] == [True, True, True, False]
+    sections = ("Which can be pruned", "Does a score correlate", "After pruning", "How certain is the choice")
+    for n, page in enumerate(pages, 1):
+        assert [section in page for section in sections] == [i < n for i in range(len(sections))]
+    assert not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_scores_alone_are_printed_and_written(model_folder, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("Lamps are lit at dusk. " * 40)
+    arguments = ["score", str(model_folder), "--scores", "avss,leave_one_out", "--text", str(tmp_path / "mine.txt")]
+    assert main([*arguments, "--max-length", "32", "--out", str(tmp_path / "scores.csv")]) == 0
+    printed, table = capsys.readouterr().out, pd.read_csv(tmp_path / "scores.csv", index_col="layer")
+    assert [*table.columns] == ["avss", "leave_one_out"] and len(table) == 8
+    assert printed.split()[:2] == ["avss", "leave_one_out"] and len(printed.splitlines()) == 10
+
+
+def test_nothing_is_loaded_for_a_plan(model_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(avss_nb.report, "load_model", lambda *args, **options: pytest.fail("loaded"))
+    out = str(tmp_path / "out")
+    for command, *more in (("study", "--out", out), ("score",), ("prune", "--out", out)):
+        assert main([command, str(model_folder), *more, "--dry-run"]) == 0
+        memory, minutes = capsys.readouterr().out.splitlines()
+        assert memory.startswith("Memory: ") and minutes.startswith("Time: about ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_imports_nothing_heavy():
+    for command in ([], ["study"], ["score"], ["prune"], ["ls"]):
+        code = f"from avss_nb.command import main; main({[*command, '--help']})"
+        done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+        assert done.stdout.startswith("usage: avss") and not re.search(r"\| +(torch|pandas|numpy)\n", done.stderr)
+
+
+def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(avss_nb.report, "run_study", lambda **options: {}["lost"])
+    assert main(["study", "smollm2-135m", "--out", "nowhere"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.splitlines() == [
+        "avss study: unexpected KeyError: 'lost' (run it again with --debug to see where)"
+    ]
+    with pytest.raises(KeyError):
+        main(["study", "smollm2-135m", "--out", "nowhere", "--debug"])
