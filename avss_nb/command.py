@@ -59,9 +59,9 @@ def _score_texts(options: Namespace, settings: Settings) -> list[str]:
 
 def _score_names(names: str | None) -> list[str]:
     "The scores that were asked for; by default those of one pass over the text."
-    from avss_nb.importance import FROM_STATS
+    from avss_nb.importance import score_names
 
-    return list(FROM_STATS) if names is None else [name.strip() for name in names.split(",")]
+    return score_names("stats") if names is None else [name.strip() for name in names.split(",")]
 
 # %% ../nbs/53_command.ipynb #2b0ac782
 SCORE_STEPS = ("reading layers", "leave one out", "scores")  # of `work_plan`; at most
@@ -135,14 +135,14 @@ def _tasks() -> dict[str, str]:
 # %% ../nbs/53_command.ipynb #2366aede
 def _scores() -> dict[str, str]:
     "Names of scores -> how they are measured."
-    from avss_nb.importance import BY_RUNNING, FROM_DOWNSTREAM, FROM_STATS
+    from avss_nb.importance import SCORES
 
-    kinds = {
-        "of the statistics of one pass over the text": FROM_STATS,
-        "of what a missing layer changes downstream": FROM_DOWNSTREAM,
-        "of its own runs of the model": BY_RUNNING,
-    }
-    return {name: kind for kind, registry in kinds.items() for name in registry}
+    kinds = dict(
+        stats="of the statistics of one pass over the text",
+        downstream="of what a missing layer changes downstream",
+        run="of its own runs of the model",
+    )
+    return {name: kinds[score.source] for name, score in SCORES.items()}
 
 
 LISTS = dict(models=_models, data=_data, scores=_scores, tasks=_tasks)

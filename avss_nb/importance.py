@@ -9,10 +9,10 @@ __all__ = ['Stream', 'SCORES', 'Measure', 'sublayer_names', 'chosen_layers', 'St
 
 # %% ../nbs/23_importance.ipynb #7216ded0
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import comb
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -396,7 +396,7 @@ class _Pass(_Noting):
         keep: bool = True,  # note what enters the blocks
     ):
         super().__init__(model, batch, loss, removed)
-        first, resumed = 0, nullcontext()
+        first, resumed = 0, cast(AbstractContextManager, nullcontext())
         if before is not None:
             first = layer_of(self.removed[-1])
             self.entered, self.rest = dict(before.entered), dict(before.rest)

@@ -316,7 +316,8 @@ SCORE_LABELS = dict(
     random_1="random 1",
     random_2="random 2",
 )
-METHODS = [*(m for m in FROM_STATS if m != "angular_distance"), *FROM_DOWNSTREAM, "taylor", "magnitude", "position"]
+METHODS = [name for name in score_names("stats", "downstream") if name != "angular_distance"]
+METHODS += ["taylor", "magnitude", "position"]
 QUICK = ("avss", "avss_output", "block_influence", "avss_downstream", "leave_one_out", "position", "random_0")
 
 # %% ../nbs/50_report.ipynb #679654b0
@@ -583,7 +584,7 @@ def healed_items(
 ) -> tuple[PreTrainedModel, pd.DataFrame]:  # the healed model; its answers as `measure_removal`, index `measure`
     "The model without these layers, distilled from the base model on the training text, and its answers to every item."
     options: dict[str, Any] = dict(out=out / "healing", steps=settings.heal_steps, seed=settings.seed)
-    small = heal(prune_layers(model, layers), data["train"], teacher=model, tokenizer=tokenizer, **options)
+    small = heal(prune_layers(model, layers), tokenizer, data["train"], teacher=model, **options)
     tests = data["held_out"], data["questions"], data["sentences"]
     items = cached_table(
         out / "items" / "healed.csv",
@@ -692,8 +693,9 @@ def _sparse_variants(model: PreTrainedModel, tokenizer, data: dict, settings: Se
     text = batches(data["calibration"], tokenizer, batch_size=16, max_length=length, overflow="truncate")
     few: dict[str, Any] = dict(batch_size=4, skip_first=True, max_length=min(64, length), overflow="truncate")
     tried = batches(data["calibration"][:4], tokenizer, **few)
-    path = greedy_plan(model, tried, projection_stats(model, text), sparsity=p, step=p / 10)
-    made = sparse_variants(model, text, p, path, weight_exponents(model), seed=settings.seed)
+    path = greedy_plan(model, tried, stats=projection_stats(model, text), sparsity=p, step=p / 10)
+    exponents = weight_exponents(model)
+    made = sparse_variants(model, text, sparsity=p, path=path, exponents=exponents, seed=settings.seed)
     variants: dict[str, dict | None] = dict(base_model=None)
     for name, make in zip(("uniform", "TEAL greedy", "ActTail", "at random"), made.values()):
         variants[name] = make()

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import pandas as pd
@@ -41,7 +41,8 @@ from transformers import PretrainedConfig
 from .cost import BITS, meta_model, weight_bytes, weight_counts
 from .data import as_batches
 from .eavss import AnswerStats
-from .importance import SCORES, downstream_stats, layer_scores, loss_increase, removal_losses, score_names
+from .importance import SCORES, StatsScore, downstream_stats, layer_scores, loss_increase, removal_losses
+from .importance import score_names
 from .metrics import N_BINS, LayerStats, collect_stats
 from .models import atomic_write, blocks, model_key
 from .runs import RunDirectory, check_run, key_of
@@ -362,7 +363,7 @@ def _score(model: nn.Module, method: str, parts: dict[str, Any]) -> pd.Series:
     if method == "leave_one_out":
         return loss_increase(parts["losses"])
     if method in score_names("downstream"):
-        return SCORES[method].measure(parts["downstream"])
+        return cast(StatsScore, SCORES[method].measure)(parts["downstream"])
     return layer_scores(model, [], methods=[method], stats=parts["stats"])[method]
 
 # %% ../nbs/52_scale.ipynb #52a00012

@@ -465,7 +465,8 @@ def test_notes_of_the_stored_studies_are_accepted():
         assert "content" not in json.loads(note.read_text())["settings"]
     check_run(
         ROOT / "nbs" / "results" / "report",
-        asdict(avss_nb.report.Settings(size="full", heal_steps=40, tune_steps=20, sparsity=0.5)) | content_key("smollm2-135m"),
+        asdict(avss_nb.report.Settings(size="full", heal_steps=40, tune_steps=20, sparsity=0.5))
+        | content_key("smollm2-135m"),
     )
 
 
