@@ -99,11 +99,11 @@ def page(found: dict[str, dict[str, float]], machine: dict) -> str:
     ]
     for name, parts in chapters.items():
         lines.append(
-            (
+            
                 f"| {name} | {total(name, parts):.0f} | "
                 f"{'; '.join(f'{part} ({seconds:.0f})' for part, seconds in list(parts.items())[:2] if seconds >= 1)} "
                 f"|"
-            )
+            
         )
     lines.append(f"| all | {sum(total(name, parts) for name, parts in chapters.items()):.0f} | |")
     if STUDY in found:

@@ -245,11 +245,11 @@ FORMULAS = dict(
     scale="estimate",
 )
 SOURCE = re.compile(
-    (
+    
         r"arXiv \d{4}\.\d{5}|[Oo]ur (reading|arithmetic|null|addition|own)|is ours|are ours|\beq\. |[Aa]lgorithm "
         r"\d|\bet al\. \d{4}|, \d{4}\)|\((AVSS|DoLa|SLEB|Shortened "
         r"LLaMA|ShortGPT)\b|\bSQuAD\b|TruthfulQA's|DoLa's|`rouge_score`|scikit-learn|SAPLMA"
-    )
+    
 )
 
 

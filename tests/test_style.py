@@ -28,7 +28,18 @@ def test_lines_and_statements():
     done = subprocess.run(
         [*command, "avss_nb", "tests", "bench", "nbs", *notebooks], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr
+    assert done.returncode in (0, 1), done.stderr
+    wrong = [line for line in done.stdout.splitlines() if re.match(r"\S+:\d+:\d+: |\S+ipynb:cell", line)]
+    wrong = [line for line in wrong if not exported_names(line)]
+    assert not wrong, "\n".join(wrong)
+
+
+def exported_names(finding: str) -> bool:
+    "Whether a finding is about the list of names that nbdev writes at the top of a module."
+    file, line = finding.split(":")[:2]
+    if not file.startswith("avss_nb/"):
+        return False
+    return (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1].startswith("__all__")
 
 
 def exported(chapter) -> list:
@@ -78,12 +89,12 @@ HOME_MADE = [
     r"_own_dice|_twin\b|_silence\b",
     r"claim_folder|check_folder|stored_table|write_whole",
     r"layer_contrast",
-    r"can go\b",
+    r"can go\b(?! wrong)",
     r"score(s)? knows?\b",
     r"\bclear of zero\b|cannot be told from",
     r"\bruins?\b|\bwrecks?\b",
     r"\bcards\b",
-    r"by_column",
+    r"\bby_column\b",
 ]
 HOME_MADE = re.compile("|".join(HOME_MADE))
 
