@@ -1,4 +1,4 @@
-"""Scores under any weights of the texts equal scores of the texts themselves; intervals and settling by hand."""
+"""Scores under any weights of the texts equal scores of the texts themselves; intervals and convergence by hand."""
 
 import numpy as np
 import pandas as pd
@@ -74,7 +74,7 @@ def test_the_seed_decides():
     assert same.equals(again) and not same.equals(other)
 
 
-def test_settling_by_hand():
+def test_convergence_by_hand():
     "Layer 0 looks cheapest until the dear text is read, whose cost outweighs all others."
     course = convergence(
         made([[50.0, 9, 30, 30], [1.0, 9, 30, 30], [1.0, 9, 30, 30]]),

@@ -1,17 +1,23 @@
-"""Every score on tiny random models of 21 families, and the truth by reuse beside the truth by deletion."""
+"""Every score on tiny random models of 21 families, and leave-one-out by reuse compared with deletion."""
 
+from copy import copy
 from itertools import permutations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+from avss_nb import importance
+from avss_nb.data import as_batches
 from avss_nb.evaluation import LinearProbe, row_losses
 from avss_nb.hooks import read_activations, run_blocks
 from avss_nb.importance import (
     angular_distance,
+    block_influence,
     layer_scores,
     leave_one_out,
+    register_score,
     score_names,
     shapley,
     sleb,
@@ -19,13 +25,13 @@ from avss_nb.importance import (
     taylor,
 )
 from avss_nb.metrics import avss, collect_stats
-from avss_nb.models import blocks
+from avss_nb.models import blocks, load_model
 from avss_nb.surgery import PassThrough, skip_layers
 from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny, without
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
 ENCODERS = ["bert", "distilbert", "t5"]
-NO_HALVES = dict(
+NO_SUBLAYERS = dict(
     bert="BertLayer is no sum", distilbert="TransformerBlock is no sum", mamba="no 'attention' found in MambaBlock"
 )
 each_family = pytest.mark.parametrize("family", ALL)
@@ -70,11 +76,11 @@ def test_every_score_is_finite_and_has_a_row_for_each_layer(family):
 
 
 @each_family
-def test_halves_of_blocks(family):
+def test_sublayers(family):
     "Scored, or refused by name."
     model, methods = tiny(family), ["avss", "variance", "block_influence", "magnitude"]
-    if family in NO_HALVES:
-        with pytest.raises(ValueError, match=NO_HALVES[family]):
+    if family in NO_SUBLAYERS:
+        with pytest.raises(ValueError, match=NO_SUBLAYERS[family]):
             layer_scores(model, texts(), methods=methods, layers=sublayer_names(model))
         return
     scores = layer_scores(model, texts(), methods=methods, layers=sublayer_names(model))
@@ -100,7 +106,7 @@ def test_leave_one_out_by_reuse_equals_deletion(family, side):
 
 
 @each_family
-def test_leave_one_out_of_halves_equals_skipping(family):
+def test_leave_one_out_of_sublayers_equals_skipping(family):
     model = tiny(family)
     if family == "mamba":
         with pytest.raises(ValueError, match="no 'attention' found in MambaBlock"):
@@ -133,7 +139,7 @@ def test_greedy_removal_equals_the_plain_way(family):
     assert sleb(model, texts(), n=3, loss=loss, early_stop=None) == removed
 
 
-def test_a_race_drops_only_those_clearly_behind():
+def test_early_stopping_drops_only_those_clearly_above():
     "With a wide margin nobody drops out; with a narrow one fewer passes run, and those that cost least still go first."
     model, some, runs = tiny("llama"), [batch_of(9, 9, 9, 9, seed=i) for i in range(6)], []
 
@@ -187,14 +193,14 @@ def test_shapley_values_by_all_orders(family):
     np.testing.assert_allclose(sampled.shapley.sum(), sum(wanted), rtol=1e-6)
 
 
-def test_shapley_of_halves_and_of_a_few_units():
+def test_shapley_of_sublayers_and_of_a_few_layers():
     model = tiny("llama")
-    units = sublayer_names(model)[:4]
-    found = shapley(model, texts(), layers=units, worst=np.inf)
-    with skip_layers(model, units):
+    few = sublayer_names(model)[:4]
+    found = shapley(model, texts(), layers=few, worst=np.inf)
+    with skip_layers(model, few):
         without_them = mean_loss(model, row_losses)
     np.testing.assert_allclose(found.shapley.sum(), without_them - mean_loss(model, row_losses), atol=1e-6)
-    assert found.index.tolist() == units
+    assert found.index.tolist() == few
 
 
 def test_a_truncated_walk_still_adds_up():
@@ -277,7 +283,7 @@ def test_scores_do_not_depend_on_batching():
     )
 
 
-def test_a_model_without_some_units_is_left_as_it_was():
+def test_a_model_without_some_layers_is_left_as_it_was():
     model = tiny("llama").train()
     before = [*blocks(model)]
     for run in (
@@ -348,8 +354,8 @@ def test_shapley_counts_nothing_worse_than_guessing():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "gemma3_text", "falcon", "bloom"])
-def test_halves_turn_the_stream_by_hand(family):
-    "The stream before and after each half, from the block's input and the half's own contribution; here the block runs with the half alone."
+def test_sublayers_turn_the_stream_by_hand(family):
+    "From the block's input and the sublayer's own contribution; here the block runs with the sublayer alone."
     model, some = tiny(family), texts()
     x, y, lone = {}, {}, {}
     with read_activations(
@@ -382,7 +388,7 @@ def test_halves_turn_the_stream_by_hand(family):
             assert found.variance[unit] == pytest.approx(relative.var(correction=0).item(), rel=1e-3)
 
 
-def test_a_reader_that_was_there_before_sees_the_half_as_zero():
+def test_a_reader_that_was_there_before_sees_the_sublayer_as_zero():
     model, seen = tiny("llama"), {}
     with (
         read_activations(
@@ -392,3 +398,34 @@ def test_a_reader_that_was_there_before_sees_the_half_as_zero():
     ):
         run_blocks(model, texts()[0])
     assert [unit for unit in sublayer_names(model) if seen[unit] == 0] == ["attention.1", "mlp.3"]
+
+
+def test_some_layers_have_the_scores_that_they_have_among_all():
+    model, some = tiny("llama"), [1, "attention.2", "mlp.2", 4]
+    names = ["avss", "block_influence", "avss_downstream", "magnitude", "leave_one_out"]
+    blocks_only = layer_scores(model, texts(), methods=names)
+    parts, mixed = (layer_scores(model, texts(), methods=names, layers=x) for x in (sublayer_names(model), some))
+    assert mixed.index.tolist() == some and mixed.index.name == "layer"
+    np.testing.assert_allclose(mixed.loc[[1, 4]], blocks_only.loc[[1, 4]], rtol=1e-6)
+    np.testing.assert_allclose(mixed.loc[some[1:3]], parts.loc[some[1:3]], rtol=1e-6)
+
+
+def test_a_registered_score_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(importance, "SCORES", copy(importance.SCORES))
+    with pytest.raises(ValueError, match="unknown source 'weights'"):
+        register_score("weights", source="weights")
+
+    @register_score("first", source="run")
+    def first(model, batches, *, layers):
+        return pd.Series([layer == 0 for layer in layers], dtype=float)
+
+    assert score_names()[-1] == "first" and score_names("run")[-1] == "first" and "first" not in score_names("stats")
+    assert layer_scores(tiny("llama"), texts(), methods="first")["first"].tolist() == [1, 0, 0, 0, 0]
+
+
+def test_texts_are_made_into_batches(model_folder):
+    model, tokenizer = load_model(model_folder)
+    some = ["a lamp in the dark", "the keeper lit it"]
+    made = as_batches(tokenizer, some)
+    for score in (block_influence, leave_one_out, taylor, angular_distance):
+        assert score(model, tokenizer, some).equals(score(model, made))

@@ -17,6 +17,7 @@ from avss_nb.metrics import (
     N_BINS,
     REDUCTIONS,
     LayerStats,
+    RunningSums,
     bin_edges,
     cavss,
     collect_stats,
@@ -70,7 +71,11 @@ class Table(nn.Module):
 
 def batch_of(rows: list[list[int]], width: int, left: bool, uncounted: set[int] = frozenset()) -> dict:
     "A padded batch of token rows; tokens in `uncounted` are attended but do not count."
-    pad = lambda r, fill: [fill] * (width - len(r)) + r if left else r + [fill] * (width - len(r))
+
+    def pad(row, fill):
+        filling = [fill] * (width - len(row))
+        return filling + row if left else row + filling
+
     mask = torch.tensor([pad([1] * len(r), 0) for r in rows])
     count = torch.tensor([pad([int(t not in uncounted) for t in r], 0) for r in rows]).bool()
     return dict(input_ids=torch.tensor([pad(r, 0) for r in rows]), attention_mask=mask, token_mask=count)
@@ -163,6 +168,32 @@ def test_sums_by_hand(case):
             rtol=1e-9,
             atol=1e-70,
         )
+
+
+def test_some_blocks_have_the_sums_that_they_have_among_all():
+    "Also after they are stored; and what is collected of other blocks is not added."
+    table = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    model, some = Table(table), [batch_of([[0, 1, 2], [3, 4, 5]], 3, False)]
+    every, last = collect_stats(model, some), collect_stats(model, some, layers=[1])
+    assert every.layers is None and last.layers == [1] and variance(last).index.tolist() == [1]
+    for name, sums in every.sums.items():
+        assert torch.equal(last.sums[name], sums[1:]), name
+    np.testing.assert_allclose(every.get("stream", "cosine_distance"), [0, 2 * 6], atol=1e-5)
+    np.testing.assert_allclose(every.get("stream", "angle"), [0, 2], atol=1e-3)
+    with tempfile.TemporaryDirectory() as folder:
+        last.save(Path(folder) / "one.safetensors")
+        again = LayerStats.load(Path(folder) / "one.safetensors")
+    assert again.layers == [1]
+    for call in (lambda: again + every, lambda: collect_stats(model, some, layers=[2])):
+        with pytest.raises(ValueError, match="cannot be added|there is no block 2"):
+            call()
+
+
+def test_one_neuron_or_no_token_gives_no_warning(recwarn):
+    stats = RunningSums(REDUCTIONS)
+    stats.add(torch.ones(2, 3, 1), torch.ones(2, 3, dtype=torch.bool))
+    stats.add(torch.ones(2, 3, 1), torch.zeros(2, 3, dtype=torch.bool))
+    assert stats.values["sample_variance"] == 0 and stats.values["samples"] == 2 and not recwarn.list
 
 
 @quick
