@@ -174,9 +174,9 @@ class _Thresholds(_JoinableSums):
 
     def thresholds(
         self,
-        point: str,
-        eps: float | Sequence[float] | None,  # absolute, one for all layers or one for each
-        tau: float,  # without `eps`: τ·RMS of each layer over the answers
+        point: str = "relative_update",
+        eps: float | Sequence[float] | None = None,  # absolute, one for all layers or one for each
+        tau: float = 0.05,  # without `eps`: τ·RMS of each layer over the answers
         rows=slice(None),  # over some of the answers
     ) -> np.ndarray:  # (layers,)
         "The threshold of each layer; ValueError when it is not above zero or beyond the histogram."

@@ -905,7 +905,7 @@ JUDGES: Registry[JudgeMaker] = Registry("judge")
 def register_judge(
     name: str,  # by which `label_answers` finds it
 ) -> Callable[[Judge], Judge]:
-    "A decorator that adds a `Judge` to `JUDGES`, to be asked about any rows as it is."
+    "A decorator that adds a `Judge` to `JUDGES`, to be asked as it is; ValueError where it is then given options."
 
     def add(judge: Judge) -> Judge:
         def make(rows: list[dict], **options) -> Judge:
