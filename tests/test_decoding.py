@@ -1,4 +1,5 @@
-"""Layer contrast in every family, batch and padding, beside a reference in numpy; reranking; and thresholds that keep their promise."""
+"""Layer contrast in every family, batch and padding, compared with a reference in numpy; reranking; and thresholds that
+keep their promise."""
 
 import math
 
@@ -91,7 +92,7 @@ def reference(family: str, model, text: list[int], layers: list[int], alpha: flo
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", HEADS)
 def test_scores_are_those_of_the_reference(family, side, layers):
-    "Every position of every row, whatever stands beside it."
+    "Every position of every row, whatever else is in the batch."
     model, batch = model_of(family), batch_of(9, 4, 6, side=side)
     with dola(model, layers, alpha=0.2), torch.no_grad():
         scores = model(**model_inputs(model, batch)).logits
@@ -103,7 +104,7 @@ def test_scores_are_those_of_the_reference(family, side, layers):
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_generation_in_any_batch(family):
-    "In every family, greedy and drawn: the same tokens in any batch; the numbers are those of one pass over the whole row."
+    "In every family, greedy and drawn: the same tokens in any batch; the numbers are those of one pass over the row."
     model, tokenizer = model_of(family), letters()
     alone = dola_generate(model, tokenizer, ASKED, [0, 2], n_samples=1, batch_size=1, **GENERATION)
     together = dola_generate(model, tokenizer, ASKED, [0, 2], n_samples=1, batch_size=32, **GENERATION)
@@ -171,10 +172,10 @@ def test_options_under_contrast(family):
             len(tokenizer(prompts[row.item]).input_ids),
             tokenizer(prompts[row.item] + options[row.item][row.option]).input_ids,
         )
-        labelled = sum(
+        expected = sum(
             log_softmax(reference(head, model, ids[:n], [0, 3], 0.0))[ids[n]] for n in range(start, len(ids))
         )
-        assert row.logprob == pytest.approx(labelled, abs=5e-3)
+        assert row.logprob == pytest.approx(expected, abs=5e-3)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -230,7 +231,7 @@ def test_a_model_that_cannot_be_read_out():
 
 
 @pytest.mark.parametrize(
-    "layers, options, said",
+    "layers, options, message",
     [
         ([], {}, "no layer"),
         ([5], {}, "no layer 5"),
@@ -244,10 +245,10 @@ def test_a_model_that_cannot_be_read_out():
     ],
     ids=str,
 )
-def test_bad_contrast(layers, options, said):
+def test_bad_contrast(layers, options, message):
     model, calls = model_of("llama"), []
     model.register_forward_hook(lambda *a: calls.append(1))
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         dola_generate(model, letters(), ASKED, layers, **options)
     assert "\n" not in str(error.value) and not calls
 
@@ -270,7 +271,7 @@ def test_all_blocks_may_be_candidates_and_the_penalty_needs_the_text():
 
 
 def test_answers_are_kept_by_setting(tmp_path):
-    "A folder of one contrast is not gone on with by another."
+    "A folder of one contrast is not resumed by another."
     model, tokenizer = model_of("llama"), letters()
     first = dola_generate(model, tokenizer, ASKED, [1], out=tmp_path, **GENERATION)
     assert dola_generate(model, tokenizer, ASKED, 1, out=tmp_path, **GENERATION)[:] == first[:]
@@ -282,8 +283,8 @@ def test_divergence_by_scipy():
     from scipy.spatial.distance import jensenshannon
 
     p, q = np.random.default_rng(0).dirichlet(np.ones(9), (2, 5))
-    labelled = [jensenshannon(a, b) ** 2 for a, b in zip(p, q)]
-    assert jensen_shannon(torch.tensor(p).log(), torch.tensor(q).log()).tolist() == pytest.approx(labelled)
+    expected = [jensenshannon(a, b) ** 2 for a, b in zip(p, q)]
+    assert jensen_shannon(torch.tensor(p).log(), torch.tensor(q).log()).tolist() == pytest.approx(expected)
     assert contrast(torch.tensor(p).log(), torch.tensor(q).log(), alpha=0).numpy() == pytest.approx(np.log(p / q))
 
 
@@ -310,17 +311,17 @@ def made_answers():
     )
 
 
-def test_rerank_takes_the_calmest_and_the_first_of_equals():
+def test_rerank_takes_the_least_uncertain_and_the_first_of_equals():
     answers = made_answers()
     assert rerank(answers, [1, 1, 1, 0, 0])["answer"][:] == ["Oslo", "Quito"]
     assert rerank(answers, [2, 3, 1, 3, 2.5])["answer"][:] == ["the oslo", "Lima."]
-    labelled = rerank(answers, majority_vote(answers))
-    assert labelled["answer"][:] == ["Oslo", "Lima"] and set(labelled.column_names) == set(answers)
+    chosen = rerank(answers, majority_vote(answers))
+    assert chosen["answer"][:] == ["Oslo", "Lima"] and set(chosen.column_names) == set(answers)
     assert majority_vote(answers).tolist() == pytest.approx([-1, -2 / 3, -1, -1 / 3, -2 / 3])
 
 
 @pytest.mark.parametrize(
-    "scores, error, said",
+    "scores, error, message",
     [
         ([1, 2], ValueError, "5 answers, and 2 scores"),
         ([1, 2, math.nan, 3, 4], FloatingPointError, "answer 2"),
@@ -329,8 +330,8 @@ def test_rerank_takes_the_calmest_and_the_first_of_equals():
     ],
     ids=str,
 )
-def test_bad_rerank(scores, error, said):
-    with pytest.raises(error, match=said):
+def test_bad_rerank(scores, error, message):
+    with pytest.raises(error, match=message):
         rerank(made_answers(), scores)
 
 
@@ -431,7 +432,7 @@ def test_empty_and_refused_are_left_out():
 
 
 @pytest.mark.parametrize(
-    "given, error, said",
+    "given, error, message",
     [
         (dict(risk=0), ValueError, "risk and confidence"),
         (dict(risk=1.0), ValueError, "risk and confidence"),
@@ -445,13 +446,13 @@ def test_empty_and_refused_are_left_out():
     ],
     ids=str,
 )
-def test_bad_abstain(given, error, said):
-    with pytest.raises(error, match=said):
+def test_bad_abstain(given, error, message):
+    with pytest.raises(error, match=message):
         abstain(**dict(scores=[1, 2, 3], labels=["right", "wrong", "right"], risk=0.3) | given)
 
 
 def test_held_out_halves():
-    "No question on both sides; a good score answers much and breaks little, a useless one stays silent."
+    "No question on both sides; a good score answers much and seldom exceeds the risk, a useless one gives no answer."
     rng = np.random.default_rng(0)
     s, groups = np.repeat(rng.random(200), 2), np.repeat(np.arange(200), 2)
     wrong = rng.random(400) < s
@@ -484,7 +485,7 @@ def test_no_question_in_two_parts(learns, monkeypatch):
 
     monkeypatch.setattr(decoding, "abstain", watch)
     for seed in range(5):
-        said = _given(
+        given = _given(
             detector if learns else np.arange(120.0),
             np.arange(120) % 2 == 0,
             np.arange(120) > 3,
@@ -494,7 +495,7 @@ def test_no_question_in_two_parts(learns, monkeypatch):
         )
         parts = [
             set(groups[rows])
-            for rows in (seen.get("learn", np.array([], int)), seen["known"], np.flatnonzero(np.isfinite(said)))
+            for rows in (seen.get("learn", np.array([], int)), seen["known"], np.flatnonzero(np.isfinite(given)))
         ]
         assert (
             sum(map(len, parts)) == len(set.union(*parts)) == 58

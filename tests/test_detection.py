@@ -1,4 +1,4 @@
-"""Detectors of wrong answers: known values, parity with scikit-learn, and nothing learnt from the answers that are tested."""
+"""Detectors of wrong answers: known values, parity with scikit-learn, and nothing learnt from the tested answers."""
 
 import itertools
 
@@ -115,7 +115,7 @@ def test_prr_is_the_mean_over_all_orders_of_ties(rows):
     )
 
 
-def test_a_constant_detector_knows_nothing():
+def test_a_constant_detector_is_uninformative():
     wrong, groups = made()
     table = evaluate_detectors(pd.DataFrame(dict(same=np.ones(80))), wrong, groups=groups, n_resamples=50)
     assert table.auroc.same == 0.5 and table.auroc_low.same == table.auroc_high.same == 0.5
@@ -123,7 +123,7 @@ def test_a_constant_detector_knows_nothing():
     assert table.auprc.same == pytest.approx(wrong.mean())
 
 
-def test_higher_is_more_suspicious_and_positive_is_hallucinated():
+def test_higher_is_more_uncertain_and_positive_is_hallucinated():
     labels = ["wrong", "right", "wrong", "right"]
     assert auroc([4, 1, 3, 2], labels) == 1 and auroc([1, 4, 2, 3], labels) == 0
     assert auroc([4, 1, 3, 2], [True, False, True, False]) == 1
@@ -256,7 +256,7 @@ def test_bad_answers_are_named(change, error, message):
 # ---- states of answers
 
 
-def labelled(*lengths, seed=0):
+def drawn_answers(*lengths, seed=0):
     "Prompts and answers of random tokens."
     draw = np.random.default_rng(seed)
     return [
@@ -278,7 +278,7 @@ class Pads:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_states_are_those_of_each_answer_alone(family, side):
-    model, rows = tiny(family), labelled(4, 1, 0, 6, 2)
+    model, rows = tiny(family), drawn_answers(4, 1, 0, 6, 2)
     found = answer_states(model, Pads(side), pd.DataFrame(rows), at=("last", "mean"), batch_size=3)
     assert found["last"].shape == (5, 5, 32) and np.isnan(found["last"][2]).all() and np.isnan(found["mean"][2]).all()
     for i in (0, 1, 3, 4):
@@ -293,7 +293,7 @@ def test_states_are_those_of_each_answer_alone(family, side):
 
 
 def test_a_state_that_is_not_finite_is_named_and_no_hook_stays():
-    model, rows = tiny("llama"), labelled(3, 2)
+    model, rows = tiny("llama"), drawn_answers(3, 2)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="layer 2: the state of answer 0"):
@@ -302,7 +302,7 @@ def test_a_state_that_is_not_finite_is_named_and_no_hook_stays():
     with pytest.raises(ValueError, match="not 'first'"):
         answer_states(model, Pads("left"), pd.DataFrame(rows), at="first")
     with pytest.raises(ValueError, match="none of 1 answers has a token"):
-        answer_states(model, Pads("left"), pd.DataFrame(labelled(0)))
+        answer_states(model, Pads("left"), pd.DataFrame(drawn_answers(0)))
     with pytest.raises(ValueError, match="no column 'prompt_tokens'"):
         answer_states(model, Pads("left"), pd.DataFrame(rows)[["answer_tokens"]])
 
@@ -351,7 +351,7 @@ def test_labels_of_the_test_half_are_never_used():
 
 
 def test_the_leaky_trap():
-    "A thousand layers of noise: chosen and tested on the same answers they look like a discovery, honestly they are worth nothing."
+    "A thousand layers of noise: chosen and tested on the same answers a discovery, tested on others worth nothing."
     honest, leaky = [], []
     for draw in range(20):
         features, wrong = noise(100, 1000, seed=draw), np.arange(100) % 5 < 2
@@ -431,7 +431,10 @@ def test_length_comes_first_and_unfitted_detectors_are_tested_on_all():
 def test_with_a_fitted_detector_all_are_tested_on_the_same_halves():
     wrong, groups = made(80)
     scores, codes = pd.DataFrame(dict(length=noise(80) + wrong)), pd.factorize(np.array(groups))[0]
-    same = lambda train, test: scores.length.to_numpy()[test]
+
+    def same(train, test):
+        return scores.length.to_numpy()[test]
+
     table = evaluate_detectors(scores, wrong, groups=groups, fitted=dict(same=same), seeds=range(3), n_resamples=50)
     np.testing.assert_array_equal(table.loc["length"], table.loc["same"])
     halves = [_split(wrong, np.arange(80), codes, 2, s)[0][1] for s in range(3)]
@@ -452,9 +455,11 @@ def test_answers_of_one_question_are_drawn_together():
     )
     wrong = np.repeat(np.arange(40) % 5 < 2, 4)
     scores = pd.DataFrame(dict(length=np.repeat(noise(40), 4) + wrong))
-    width = lambda groups: np.subtract(
-        *evaluate_detectors(scores, wrong, groups=groups).loc["length", ["auroc_high", "auroc_low"]]
-    )
+
+    def width(groups):
+        row = evaluate_detectors(scores, wrong, groups=groups).loc["length"]
+        return row.auroc_high - row.auroc_low
+
     assert width(np.repeat(np.arange(40), 4)) > 1.5 * width(None)
 
 
@@ -535,7 +540,7 @@ def test_bad_input_is_named():
 
 
 def planted(n=200, n_layers=8, layer=2, seed=0):
-    "Labels, features with one layer that knows more, and a baseline that knows a little."
+    "Labels, features with one layer that tells more, and a baseline that tells a little."
     draw = np.random.default_rng(seed)
     wrong, features = draw.random(n) < 0.4, draw.normal(size=(n, n_layers))
     features[:, layer] += 1.5 * wrong
@@ -559,7 +564,7 @@ def test_a_layer_that_means_something_is_found_and_adds():
 
 
 def test_noise_adds_nothing_however_many_layers_there_are():
-    "Layers picked from 300 of noise cost what layers drawn at random cost, and no more: they are picked where they are not fitted."
+    "Layers picked from 300 of noise cost what random layers cost, no more: they are picked where they are not fitted."
     found = []
     for seed in range(12):
         wrong, _, length = planted(120, seed=seed)
