@@ -439,6 +439,7 @@ def plot_variants(
         ax.axvline(0, color="gray", lw=0.8)
         reach = [rows.gain - rows.gain_low, rows.gain_high - rows.gain]
         ax.errorbar(rows.gain, rows.index, xerr=reach, fmt="o", ms=4.5, capsize=2)
+        ax.locator_params(axis="x", nbins=5)
         if isinstance(panels, dict):
             ax.set(title=panels[key])
         else:
