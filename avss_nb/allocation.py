@@ -78,6 +78,9 @@ def _block_error(block: nn.Module, calls: list[_Call]) -> float:
             size += float(call.output.float().square().sum())
     return (lost / size) ** 0.5
 
+# %% ../nbs/41_allocation.ipynb #41a00013
+_MAX_SPARSITY = 0.99
+
 # %% ../nbs/41_allocation.ipynb #813f04ee
 class _BlockLevels:
     "The projections of a block, the sparsity of each, and how much sparser a step makes it."
@@ -104,9 +107,6 @@ class _BlockLevels:
             linear.value = before
 
 # %% ../nbs/41_allocation.ipynb #41a00003
-_MAX_SPARSITY = 0.99  # no projection gets more
-
-
 class _GreedyBlock(_BlockLevels):
     "… and the greedy search."
 
@@ -299,7 +299,7 @@ def measure_plans(
     max_length: int = 256,  # tokens of each text
     progress: bool = False,
 ) -> pd.DataFrame:  # index (choice, measure); `item`, `value` (summed nats, or 1 right, 0 wrong), `tokens`
-    "What the model does with every text and question in each variant, as in `measure_removal`; for `paired_difference`."
+    "What the model does with every text and question in each variant, as `measure_removal`; for `paired_difference`."
     for variant in variants.values():
         _variant(model, variant)  # its errors, before anything runs
     paths = {name: RunDirectory(out).path(f"{name}.csv") if out else None for name in variants}

@@ -62,7 +62,10 @@ def text_batches(n: int = 5) -> list[dict]:
 
 def some_answers(n: int = 7) -> Dataset:
     rng = np.random.default_rng(0)
-    ids = lambda k: rng.integers(3, 99, k).tolist()
+
+    def ids(k: int) -> list[int]:
+        return rng.integers(3, 99, k).tolist()
+
     return Dataset.from_list(
         [dict(id=f"q{i // 2}", prompt_tokens=ids(3 + i % 3), answer_tokens=ids(1 + i % 4)) for i in range(n)]
     )
@@ -274,7 +277,10 @@ def test_errors_of_several_processes(work, message):
 
 def test_bad_input(tmp_path):
     model, texts = tiny("llama"), text_batches()
-    losses = lambda some: removal_losses(model, some)
+
+    def losses(some):
+        return removal_losses(model, some)
+
     with pytest.raises(ValueError, match="nothing to do"):
         map_between_processes(losses, [])
     with pytest.raises(ValueError, match="a chunk has at least one item, not 0"):
@@ -416,7 +422,10 @@ class FakeDevices(TorchFunctionMode):
         if getattr(func, "__self__", None) is torch.Tensor.device:
             return self.place(args[0])
         given = [a for a in args if isinstance(a, torch.device)] + [d for d in [kwargs.get("device")] if d is not None]
-        plain = lambda a: torch.device("cpu") if isinstance(a, torch.device) else a
+
+        def plain(a):
+            return torch.device("cpu") if isinstance(a, torch.device) else a
+
         args, kwargs = (
             tuple(map(plain, args)) if given else args,
             {k: plain(v) if k == "device" else v for k, v in kwargs.items()},

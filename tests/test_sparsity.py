@@ -462,7 +462,7 @@ def test_greedy_is_the_reference(lazy):
     level = dict.fromkeys(size.index, 0.0)
     for number in range(1, 7):
         tries = {name: level | {name: level[name] + step * size.sum() / size[name]} for name in level}
-        errors = {name: error(l) for name, l in tries.items() if l[name] <= _MAX_SPARSITY}
+        errors = {name: error(levels) for name, levels in tries.items() if levels[name] <= _MAX_SPARSITY}
         level, row = tries[best := min(errors, key=errors.get)], found.loc[(round(number * step, 10), 2)]
         if not lazy or row[list(level)].to_dict() == pytest.approx(level):
             assert row[list(level)].to_dict() == pytest.approx(level) and row.error == pytest.approx(
