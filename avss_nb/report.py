@@ -1188,13 +1188,13 @@ def plot_hallucination_profile(study: Study, *, axes=None) -> "Figure | None":
         ax.set(title=titles[control], ylabel="EAVSS (nats)")
     return axes[0].figure
 
-# %% ../nbs/50_report.ipynb #a5c849de
+# %% ../nbs/50_report.ipynb #22f5bc97
 def plot_tuned(study: Study, *, axes=None) -> "Figure | None":
     "What each variant of the contrastive training gains on the questions. None where nothing was trained."
     if not len(study.tuned):
         return None
     panels = [(study.names["questions"], measure_) for measure_ in ("mc1", "margin", "right")]
-    return plot_variants(study.tuned, panels, axes=axes)[0].figure
+    return plot_variants(study.tuned.sort_index(), panels, axes=axes)[0].figure
 
 
 def _draw_sparse(table: pd.DataFrame, ax):
