@@ -211,7 +211,7 @@ def _tokens_per_second(settings: Settings, n_parameters: float) -> float:
         products += 1
     return products * 768**3 / (time.perf_counter() - start) / n_parameters
 
-# %% ../nbs/50_report.ipynb #55a0a7e9
+# %% ../nbs/50_report.ipynb #e369056a
 def plan_in_words(
     settings: Settings,
     *,
@@ -225,7 +225,10 @@ def plan_in_words(
     config = model_config(settings, trust_remote_code=trust_remote_code)
     n_layers = config.get_text_config().num_hidden_layers
     itemsize = (torch_dtype(settings) or config.dtype or torch.float32).itemsize
-    n_parameters = _memory_gb(settings, config).weights * 1e9 / itemsize
+    try:
+        n_parameters = _memory_gb(settings, config).weights * 1e9 / itemsize
+    except ValueError:
+        return f"{words}\nTime: no plan for this model"
     work = work_plan(settings, n_layers, n_choices=n_choices)
     minutes = work[work.index if steps is None else list(steps)] / _tokens_per_second(settings, n_parameters) / 60
     parts = ", ".join(f"{step} {part:.1f}" for step, part in minutes.items() if part)
@@ -1187,13 +1190,13 @@ def plot_hallucination_profile(study: Study, *, axes=None) -> "Figure | None":
         ax.set(title=titles[control], ylabel="EAVSS (nats)")
     return axes[0].figure
 
-# %% ../nbs/50_report.ipynb #a5c849de
+# %% ../nbs/50_report.ipynb #22f5bc97
 def plot_tuned(study: Study, *, axes=None) -> "Figure | None":
     "What each variant of the contrastive training gains on the questions. None where nothing was trained."
     if not len(study.tuned):
         return None
     panels = [(study.names["questions"], measure_) for measure_ in ("mc1", "margin", "right")]
-    return plot_variants(study.tuned, panels, axes=axes)[0].figure
+    return plot_variants(study.tuned.sort_index(), panels, axes=axes)[0].figure
 
 
 def _draw_sparse(table: pd.DataFrame, ax):
