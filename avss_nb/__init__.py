@@ -1,6 +1,7 @@
 """Which layers of a language model matter, which can be pruned, and which hallucinate.
 
-The names below are loaded when they are first used, so that `import avss_nb` takes no time; the modules hold the rest."""
+The names below are loaded when they are first used, so that `import avss_nb` takes no time; the modules hold the
+rest."""
 
 __version__ = "0.1.0"
 

@@ -83,7 +83,8 @@ def false_discovery_rate(
 def minimum_detectable_effect(
     draws: np.ndarray,  # bootstrap draws of an estimate (n_resamples, ...)
 ) -> np.ndarray:  # scalar for each estimate (...,), in the estimate's unit
-    "The smallest effect that a 95 % interval excludes zero for with a power of 80 % (Gelman and Hill, 2007): 2.8 standard errors."
+    """The smallest effect that a 95 % interval excludes zero for with a power of 80 % (Gelman and Hill, 2007): 2.8
+    standard errors."""
     return 2.8 * np.asarray(draws, float).std(axis=0)
 
 # %% ../nbs/14_intervals.ipynb #04a00002

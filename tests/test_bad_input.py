@@ -687,7 +687,10 @@ def test_command_with_a_broken_model(capsys, model_folder, tmp_path):
 def test_command_as_a_process(tmp_path):
     "The status reaches the shell."
     process = start(
-        "import os, sys; from avss_nb.command import main; sys.exit(main(['study', 'nonesuch', '--out', os.environ['OUT']]))",
+        (
+            "import os, sys; from avss_nb.command import main; sys.exit(main(['study', 'nonesuch', '--out', "
+            "os.environ['OUT']]))"
+        ),
         OUT=tmp_path / "out",
     )
     out, err = process.communicate()

@@ -131,7 +131,10 @@ def test_plain_layers_among_experts_stay_plain():
     "Every second layer of a Qwen3 mixture is plain: after a removal no such rule would say which."
     model = tiny("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3])
     small, batch = prune_layers(model, [1, 2]), inputs("right")
-    kinds = lambda m: [type(block.mlp).__name__ for block in blocks(m)]
+
+    def kinds(m):
+        return [type(block.mlp).__name__ for block in blocks(m)]
+
     assert kinds(small) == [kinds(model)[i] for i in (0, 3, 4)] and small.config.mlp_only_layers == [0, 1, 2]
     with torch.no_grad(), skip_layers(model, [1, 2]):
         skipped = model(**batch)[0]

@@ -119,9 +119,11 @@ def test_different_items_are_no_pairs():
 
 
 def test_retention_table_by_hand():
-    sentiment = lambda right: pd.DataFrame(
-        dict(measure="sentiment", item=range(4), value=right, tokens=np.nan, removes="")
-    ).set_index("measure")
+    def sentiment(right):
+        return pd.DataFrame(dict(measure="sentiment", item=range(4), value=right, tokens=np.nan, removes="")).set_index(
+            "measure"
+        )
+
     both = pd.concat(
         dict(
             base_model=pd.concat([made([10.0, 30], [1, 1, 1, 0]), sentiment([1.0, 1, 1, 1])]),

@@ -75,9 +75,9 @@ def test_the_folder_holds_the_model_without_its_lowest_layers(folder, pruned):
 def test_the_card_says_what_was_measured(pruned):
     left, card = pd.read_csv(pruned / "retention.csv", index_col=0), (pruned / "README.md").read_text()
     assert (
-        f"| {left.perplexity['base_model']:,.3f} | {left.perplexity['pruned']:,.3f} | {left.perplexity_retained['pruned']:.2f} ["
-        in card
-    )
+        f"| {left.perplexity['base_model']:,.3f} | {left.perplexity['pruned']:,.3f} | "
+        f"{left.perplexity_retained['pruned']:.2f} ["
+    ) in card
 
 
 def test_a_killed_run_goes_on_to_the_same_folder(folder, pruned, tmp_path, monkeypatch):

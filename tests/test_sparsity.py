@@ -153,7 +153,8 @@ def test_histogram_is_that_of_the_inputs(tmp_path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_quantile_is_within_its_bin(seed):
-    """Of Gaussian, heavy-tailed, tiny and rectified values: less than 1/32 from the exact one, and the fraction below is
+    """Of Gaussian, heavy-tailed, tiny and rectified values: less than 1/32 from the exact one, and the fraction
+    below is
     off by less than the bin holds."""
     draw = torch.Generator().manual_seed(seed)
     for x in (

@@ -1,4 +1,5 @@
-"""The wheel is all that a user needs: it is built, checked, unpacked elsewhere, and its commands run from there, without the repository and its notebooks."""
+"""The wheel is all that a user needs: it is built, checked, unpacked elsewhere, and its commands run from there,
+without the repository and its notebooks."""
 
 import shutil
 import sys
@@ -79,16 +80,17 @@ def test_it_carries_the_package_and_one_notebook(wheel):
 AWAY = """
 import sys
 from pathlib import Path
-sys.path = [p for p in sys.path if p and not (Path(p)/"settings.ini").exists()]      # the environment's link to the repository
+sys.path = [p for p in sys.path if p and not (Path(p)/"settings.ini").exists()]      # the environment's link to the \
+repository
 sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f).lower()]
 """
 
 
 def test_it_runs_where_the_repository_is_not(installed, tmp_path):
     "Imported from where it was unpacked, from another folder; the repository's own copy is not there to be found."
-    code = (
-        AWAY
-        + "from avss_nb.metrics import avss; import avss_nb; print(avss_nb.__file__); print(sum((Path(p)/'nbs').is_dir() for p in sys.path))"
+    code = AWAY + (
+        "from avss_nb.metrics import avss; import avss_nb; print(avss_nb.__file__); "
+        "print(sum((Path(p)/'nbs').is_dir() for p in sys.path))"
     )
     file, found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()
     assert Path(file).is_relative_to(installed) and found == "0"
