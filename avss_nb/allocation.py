@@ -23,11 +23,20 @@ from transformers import PreTrainedTokenizerBase
 from .data import as_batches
 from .hooks import hidden_state, input_device, run_blocks
 from .metrics import LayerStats
-from .models import blocks
+from .models import blocks, explain_arguments
 from .pruning import measure_items
 from .runs import RunDirectory, cached_table
-from .sparsity import check_plan, densify_layer, projection_sizes, projection_stats, projection_table, quantile
-from .sparsity import sparsify, sparsify_layer, uniform_plan
+from avss_nb.sparsity import (
+    check_plan,
+    densify_layer,
+    projection_sizes,
+    projection_stats,
+    projection_table,
+    quantile,
+    sparsify,
+    sparsify_layer,
+    uniform_plan,
+)
 from .surgery import projections, skip_layers
 
 # %% ../nbs/41_allocation.ipynb #dbb72d23
@@ -311,3 +320,6 @@ def measure_plans(
 
         found[name] = cached_table(path, make, index="measure") if path else make()
     return pd.concat(found, names=["choice"])
+
+# %% ../nbs/41_allocation.ipynb #02f8ab24
+explain_arguments(globals())

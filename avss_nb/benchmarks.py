@@ -29,6 +29,7 @@ from avss_nb.data import (
     read_rows,
     split_part,
 )
+from .models import explain_arguments
 
 # %% ../nbs/90_benchmarks.ipynb #5201b808
 def _raw(id: str, question: str, answers: list[str], distractors: Iterable[str] = (), context: str = "") -> dict:
@@ -456,3 +457,6 @@ def count_questions(
     table = pd.DataFrame(rows).T.rename_axis(["set", "part"])
     means = ("answers", "words_right", "words_wrong")
     return table.astype({column: int for column in table.columns if column not in means})
+
+# %% ../nbs/90_benchmarks.ipynb #8202b85f
+explain_arguments(globals())

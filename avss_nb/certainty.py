@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import as_batches
 from .importance import SCORES, downstream_stats, loss_increase, removal_losses, score_names
 from .metrics import LayerStats, collect_stats
+from .models import explain_arguments
 from .pruning import n_removed
 
 # %% ../nbs/24_certainty.ipynb #29f2d531
@@ -187,3 +188,6 @@ def converged_after(course: pd.DataFrame) -> pd.DataFrame:  # from `convergence`
 
     tokens = course.groupby(["method", "order"]).apply(last_change)
     return tokens.groupby("method").agg(["median", "max"]).rename(columns=dict(max="most"))
+
+# %% ../nbs/24_certainty.ipynb #d4f80af9
+explain_arguments(globals())

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .evaluation import choose
+from .models import explain_arguments
 
 # %% ../nbs/92_confidence.ipynb #0c8024fe
 def _bins(
@@ -95,3 +96,6 @@ def choice_confidence(
     likely = table.groupby("item").logprob
     confidence = np.exp(likely.max() - likely.agg(np.logaddexp.reduce)).clip(upper=1)
     return pd.DataFrame(dict(confidence=confidence, correct=choose(table).correct))
+
+# %% ../nbs/92_confidence.ipynb #f7854af8
+explain_arguments(globals())

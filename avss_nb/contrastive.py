@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import QUESTION, batch_rows, distractor_kinds
 from .evaluation import is_causal
 from .hooks import block_input, hidden_state, model_inputs, read_activations
-from .models import blocks, model_key
+from .models import blocks, explain_arguments, model_key
 from .runs import RunDirectory
 from .surgery import PassThrough, check_layers, layer_of, replaced_blocks, skip_layers
 from .training import last_checkpoint, seeded_rng, train_adapter, trainer_arguments
@@ -879,3 +879,6 @@ def contrastive_score(
     Options and errors of `contrastive_cosines`."""
     cosines = contrastive_cosines(model, tokenizer, answers, layers=layers, **options)
     return (1 - cosines.mean(axis=1)).rename("contrastive")
+
+# %% ../nbs/33_contrastive.ipynb #373fbca1
+explain_arguments(globals())

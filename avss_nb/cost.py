@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, PretrainedConfig, PreTrain
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import sublayer
 from .metrics import N_BINS
-from .models import blocks
+from .models import blocks, explain_arguments
 from .surgery import projections
 
 # %% ../nbs/27_cost.ipynb #c3afe2b5
@@ -173,3 +173,6 @@ def memory_plan(
     parts = {"weights": (weights, weights, weights)} | _working_memory(n, size, batch_size * max_length, points)
     table = pd.DataFrame(parts, ["statistics", "leave_one_out", "disk"]).T
     return pd.concat([table, table.sum().to_frame("total").T]).rename_axis("part")
+
+# %% ../nbs/27_cost.ipynb #64c4fe07
+explain_arguments(globals())

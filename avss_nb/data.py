@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset, Features, List, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .models import one_line
+from .models import explain_arguments, one_line
 
 # %% ../nbs/12_data.ipynb #61bb76d3
 _TEXT, _TEXTS = Value("string"), List(Value("string"))
@@ -756,3 +756,6 @@ def split_half(
         sides[digest[0] % 2].append(i)
     first, second = sides
     return questions.select(first), questions.select(second)
+
+# %% ../nbs/12_data.ipynb #e10412f4
+explain_arguments(globals())

@@ -26,7 +26,7 @@ from .evaluation import is_causal
 from .hooks import input_device, read_activations
 from .intervals import bootstrap_interval
 from .labeling import generate_answers, normalize_answer
-from .models import blocks
+from .models import blocks, explain_arguments
 from .runs import RunDirectory
 from .surgery import check_layers, resume_at
 
@@ -484,3 +484,6 @@ def held_out_risk(
         given = np.array([_given(score, wrong, kept, codes, seed, **how) for seed in seeds])
         found[name], often[name] = _rates(given, wrong, risk), _how_often(given)[kept]
     return pd.DataFrame(found).T.rename_axis("score"), pd.DataFrame(often, index=np.flatnonzero(kept))
+
+# %% ../nbs/35_decoding.ipynb #34ad6bd5
+explain_arguments(globals())

@@ -23,6 +23,7 @@ from .data import batch_rows
 from .eavss import answer_mask, label_names
 from .hooks import read_activations, run_blocks
 from .labeling import normalize_answer
+from .models import explain_arguments
 
 # %% ../nbs/32_detection.ipynb #31e5bfdb
 def judged(
@@ -872,3 +873,6 @@ def ranking_value(
     draws, where = _draws(trial.groups, n_resamples, seed), "" if sets is None else "set {!r}: "
     found, chosen = trial.run(rankings, parts, draws, k, n_random, n_folds, seed, where)
     return _value_table(found, chosen, k, level, [] if sets is None else parts)
+
+# %% ../nbs/32_detection.ipynb #a9aebea9
+explain_arguments(globals())

@@ -39,7 +39,7 @@ from avss_nb.metrics import (
     magnitude_bins,
     read_sums,
 )
-from .models import atomic_write, blocks
+from .models import atomic_write, blocks, explain_arguments
 
 # %% ../nbs/31_eavss.ipynb #b73b710c
 COARSE_BITS, LOWEST, HIGHEST = 3, -24, 14  # 8 bins per octave, for magnitudes from 2^-24 to 2^14
@@ -885,3 +885,6 @@ def plot_hallucination(
     measure = table.attrs.get("measure", "value").upper()
     ax.set(xlabel="layer", ylabel=f"{measure} (nats)" if is_ratio else "value")
     return ax
+
+# %% ../nbs/31_eavss.ipynb #56737227
+explain_arguments(globals())

@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from .data import as_batches, batch_rows
 from .hooks import counts_own_positions, input_device, model_inputs
 from .intervals import bootstrap_interval
+from .models import explain_arguments
 
 # %% ../nbs/20_evaluation.ipynb #9508fc2e
 def is_causal(model: nn.Module) -> bool:
@@ -456,3 +457,6 @@ def perplexity_retention(
     data = tuple(np.asarray(x, float) for x in (before.nll, after.nll, before.tokens))
     low, high = bootstrap_interval(data, ratio, level, n_resamples, seed)
     return float(ratio(*data)), low, high
+
+# %% ../nbs/20_evaluation.ipynb #258393be
+explain_arguments(globals())

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import token_nll
-from .models import model_key
+from .models import explain_arguments, model_key
 from .runs import RunDirectory
 from .training import pack_texts, seeded_rng, train_adapter, trainer_arguments
 
@@ -171,3 +171,6 @@ def heal(
     _check_options(model, teacher, options)
     rows = pack_texts(texts, tokenizer or _own_tokenizer(model), max_length=max_length, batch_size=batch_size)
     return _healed(model, rows, teacher, options, out, on_step, progress)
+
+# %% ../nbs/25_healing.ipynb #8805b1f1
+explain_arguments(globals())

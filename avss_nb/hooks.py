@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .models import blocks
+from .models import blocks, explain_arguments
 
 POINTS = ("input", "output", "update", "relative_update", "attention", "mlp", "mlp_hidden")
 
@@ -279,3 +279,6 @@ def run_blocks(
     body = getattr(model, "base_model", model)
     with torch.no_grad():
         return body(**model_inputs(body, batch))
+
+# %% ../nbs/11_hooks.ipynb #8e33cfb2
+explain_arguments(globals())

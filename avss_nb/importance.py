@@ -28,9 +28,17 @@ from transformers import PreTrainedTokenizerBase
 from .data import Registry, as_batches
 from .evaluation import row_losses, sum_by_text
 from .hooks import block_input, first_submodule, read_activations, run_blocks, sublayer
-from .metrics import LayerStats, LayerSums, avss, collect_stats, variance
-from .metrics import last_counted, layer_series, sum_batches
-from .models import blocks
+from avss_nb.metrics import (
+    LayerStats,
+    LayerSums,
+    avss,
+    collect_stats,
+    last_counted,
+    layer_series,
+    sum_batches,
+    variance,
+)
+from .models import blocks, explain_arguments
 from .surgery import check_layers, layer_of, resume_at, skip_layers
 
 # %% ../nbs/23_importance.ipynb #130dc713
@@ -778,3 +786,6 @@ def rank_agreement(
         low, high = np.quantile(rho[1:], [(1 - level) / 2, (1 + level) / 2])
         rows[name] = dict(spearman=rho[0], low=low, high=high)
     return pd.DataFrame(rows).T
+
+# %% ../nbs/23_importance.ipynb #8f3b6121
+explain_arguments(globals())

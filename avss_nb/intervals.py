@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats as sps
 
+from .models import explain_arguments
+
 # %% ../nbs/14_intervals.ipynb #8cb63a45
 def bootstrap_interval(
     data: Sequence[np.ndarray],  # values of the items (n,), one array or several that are drawn together
@@ -97,3 +99,6 @@ def spans(
     "`value [low, high]` of each row."
     low, high = (f"{value}_{end}" if f"{value}_{end}" in table else end for end in ("low", "high"))
     return table.apply(lambda r: f"{r[value]:{form}} [{r[low]:{form}}, {r[high]:{form}}]", axis=1)
+
+# %% ../nbs/14_intervals.ipynb #1787d16d
+explain_arguments(globals())

@@ -40,7 +40,7 @@ from .data import QUESTION, Registry, batch_rows
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import counts_own_positions, input_device, model_inputs
 from .intervals import bootstrap_interval
-from .models import atomic_write, check_tokenizer, load_model, model_key, one_line
+from .models import atomic_write, check_tokenizer, explain_arguments, load_model, model_key, one_line
 from .runs import RunDirectory
 
 # %% ../nbs/30_labeling.ipynb #7c5ea804
@@ -1288,3 +1288,6 @@ def rule_quality(
             both = _right_or_wrong(frame, [rule, trusted])
             rows[rule] = _quality(both[rule], both[trusted], level)
     return pd.DataFrame(rows).T.rename_axis("rule").astype(dict(n=int))
+
+# %% ../nbs/30_labeling.ipynb #b733df1d
+explain_arguments(globals())

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import as_batches
 from .hooks import OF_STREAM, POINTS, check_points, read_activations, run_blocks
-from .models import atomic_write, blocks
+from .models import atomic_write, blocks, explain_arguments
 
 # %% ../nbs/13_metrics.ipynb #3c2679ed
 MANTISSA_BITS = 5
@@ -513,3 +513,6 @@ def navss(stats: LayerStats, **options) -> pd.Series:
 def cavss(stats: LayerStats, **options) -> pd.Series:
     "CAVSS per layer: NAVSS cumulated in layer order, ending at 1 (AVSS, eq. for CAVSS). Options as in `sparsity`."
     return navss(stats, **options).cumsum().rename("cavss")
+
+# %% ../nbs/13_metrics.ipynb #53efedec
+explain_arguments(globals())

@@ -4,18 +4,24 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'bundled_gguf', 'bundled_encoder', 'cache_folder', 'atomic_write', 'one_line', 'convert_gguf',
-           'resolve_model', 'check_tokenizer', 'load_model', 'content_key', 'model_key', 'blocks', 'shared_copy']
+           'resolve_model', 'check_tokenizer', 'load_model', 'content_key', 'model_key', 'blocks', 'shared_copy',
+           'explain_arguments']
 
 # %% ../nbs/10_models.ipynb #1053c450
+import ast
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
+import tokenize
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from inspect import cleandoc
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import transformers
@@ -352,3 +358,52 @@ def blocks(
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     "Another model over the same weights."
     return deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+# %% ../nbs/10_models.ipynb #c16136ce
+def _comments(source: str) -> dict[int, str]:
+    "The comment of each line that has one behind its code."
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and token.line.split("#")[0].strip():
+            found[token.start[0]] = token.string.lstrip("# ")
+    return found
+
+
+def _argument_lines(function: ast.FunctionDef, comments: dict[int, str]) -> list[str]:
+    "A line for each argument that has a comment, and one for what is returned."
+    arguments = function.args
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    every += [argument for argument in (arguments.vararg, arguments.kwarg) if argument]
+    lines = [f"    {a.arg}: {comments[a.end_lineno or 0]}" for a in every if (a.end_lineno or 0) in comments]
+    signature_end = function.body[0].lineno - 1
+    if signature_end in comments and signature_end not in {a.end_lineno for a in every}:
+        lines.append(f"    returns: {comments[signature_end]}")
+    return lines
+
+# %% ../nbs/10_models.ipynb #fb02e6e1
+def _functions(tree: ast.Module, namespace: dict) -> Iterator[tuple[ast.FunctionDef, object]]:
+    "The functions and methods that a module defines, each with the object that carries its docstring."
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node, namespace.get(node.name)
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    yield method, vars(namespace[node.name]).get(method.name)
+
+
+def explain_arguments(
+    namespace: dict,  # the `globals()` of a module
+) -> None:
+    "Add the comments beside arguments to the docstrings of a module, so that `help()` and Jupyter show them."
+    if not (file := namespace.get("__file__")):
+        return  # a notebook shows its source
+    source = Path(file).read_text(encoding="utf-8")
+    comments = _comments(source)
+    for node, function in _functions(ast.parse(source), namespace):
+        lines = _argument_lines(node, comments)
+        if lines and isinstance(function, FunctionType) and function.__doc__:
+            function.__doc__ = "\n".join([cleandoc(function.__doc__), "", "Args:", *lines])
+
+# %% ../nbs/10_models.ipynb #e68e2d76
+explain_arguments(globals())

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import Registry
 from .evaluation import answer_questions, classify, perplexity_retention, retention_interval, text_losses
 from .intervals import bootstrap_interval
-from .models import blocks
+from .models import blocks, explain_arguments
 from .runs import cached_table
 from .surgery import check_layers, skip_layers
 
@@ -259,3 +259,6 @@ def paired_difference(
             low, high = bootstrap_interval(data, _mean_gain, level, n_resamples, seed)
             rows[measure, other] = dict(difference=_mean_gain(*data), low=low, high=high)
     return pd.DataFrame(rows).T.rename_axis(["measure", "other"])
+
+# %% ../nbs/22_pruning.ipynb #7e6543ff
+explain_arguments(globals())

@@ -46,14 +46,19 @@ from .detection import detector_scores, eavss_detector, evaluate_detectors
 from .eavss import answer_stats, hallucination_profile, log_avss, plot_hallucination
 from .evaluation import is_causal
 from .healing import heal
-from .importance import layer_scores, loss_increase, rank_agreement, score_names
-from .importance import removal_losses
+from .importance import layer_scores, loss_increase, rank_agreement, removal_losses, score_names
 from .labeling import PromptTooLong, generate_answers, label_answers, label_counts
 from .metrics import LayerStats, avss, collect_stats, sparsity, variance
-from .models import atomic_write, blocks, content_key, load_model, one_line, resolve_model
+from .models import atomic_write, blocks, content_key, explain_arguments, load_model, one_line, resolve_model
 from .options import Settings
-from .pruning import chance_level, measure_items, measure_removal, paired_difference, retention_table
-from .pruning import select_layers
+from avss_nb.pruning import (
+    chance_level,
+    measure_items,
+    measure_removal,
+    paired_difference,
+    retention_table,
+    select_layers,
+)
 from .runs import RunDirectory, cached_table, check_run
 from .sparsity import projection_stats
 from .surgery import prune_layers
@@ -1351,3 +1356,6 @@ def run_study(
         if study.stage == 1:
             tqdm.write(f"The first page: {page}", file=sys.stderr)
     return study
+
+# %% ../nbs/50_report.ipynb #d23d67db
+explain_arguments(globals())

@@ -25,7 +25,7 @@ import transformers
 from torch import nn
 
 import avss_nb
-from .models import atomic_write, model_key
+from .models import atomic_write, explain_arguments, model_key
 
 # %% ../nbs/15_runs.ipynb #715109fb
 def _csv(table: pd.DataFrame) -> bytes:
@@ -270,3 +270,6 @@ class ChapterTables(_MeasuredTables):
         return (
             self._store(name, key, make, index) if how == "store" else self._compare(name, key, make, index, tolerance)
         )
+
+# %% ../nbs/15_runs.ipynb #66e226f1
+explain_arguments(globals())

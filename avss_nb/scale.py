@@ -41,10 +41,17 @@ from transformers import PretrainedConfig
 from .cost import BITS, meta_model, weight_bytes, weight_counts
 from .data import as_batches
 from .eavss import AnswerStats
-from .importance import SCORES, StatsScore, downstream_stats, layer_scores, loss_increase, removal_losses
-from .importance import score_names
+from avss_nb.importance import (
+    SCORES,
+    StatsScore,
+    downstream_stats,
+    layer_scores,
+    loss_increase,
+    removal_losses,
+    score_names,
+)
 from .metrics import N_BINS, LayerStats, collect_stats
-from .models import atomic_write, blocks, model_key
+from .models import atomic_write, blocks, explain_arguments, model_key
 from .runs import RunDirectory, check_run, key_of
 
 # %% ../nbs/52_scale.ipynb #39f50c57
@@ -486,3 +493,6 @@ def estimate(
     rows |= _keyed("flops", flops)
     rows |= _keyed("hours", {name: count / flops_per_second / 3600 for name, count in flops.items()} | from_disk)
     return pd.Series(rows | dict(mb_statistics=n["layers"] * points * (N_BINS + 4) * 8 / 1e6))
+
+# %% ../nbs/52_scale.ipynb #1bab1657
+explain_arguments(globals())

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import as_batches
 from .hooks import run_blocks
 from .metrics import N_BINS, LayerStats, bin_edges, magnitude_bins
-from .models import blocks, load_model, shared_copy
+from .models import blocks, explain_arguments, load_model, shared_copy
 from .surgery import is_conv1d, projections
 
 # %% ../nbs/40_sparsity.ipynb #0f1a0f12
@@ -470,3 +470,6 @@ def load_sparse(
     model, tokenizer = load_model(folder, **options)
     rule, seed, layers = _noted_plan(model, folder)
     return _install(model, layers, rule, seed, sparse_gemv), tokenizer
+
+# %% ../nbs/40_sparsity.ipynb #9eba75cf
+explain_arguments(globals())

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from .hooks import block_input, hidden_state, sublayer
-from .models import blocks, shared_copy
+from .models import blocks, explain_arguments, shared_copy
 
 # %% ../nbs/21_surgery.ipynb #fb4d9ec1
 class _StandIn(nn.Module):
@@ -385,3 +385,6 @@ def projections(
         if (isinstance(module, nn.Linear) or is_conv1d(module)) and not path.endswith(("gate", "router")):
             found[path] = module
     return {_shortest_ending(path, found): module for path, module in found.items()}
+
+# %% ../nbs/21_surgery.ipynb #15402444
+explain_arguments(globals())

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
-from .models import shared_copy
+from .models import explain_arguments, shared_copy
 
 # %% ../nbs/16_training.ipynb #ec7f8d70
 def pack_texts(
@@ -175,3 +175,6 @@ def train_adapter(
 
             _run_trainer(make(student, log_step), student, arguments)
     return _merged(student)
+
+# %% ../nbs/16_training.ipynb #0ef76b0b
+explain_arguments(globals())

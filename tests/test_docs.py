@@ -245,11 +245,9 @@ FORMULAS = dict(
     scale="estimate",
 )
 SOURCE = re.compile(
-    
-        r"arXiv \d{4}\.\d{5}|[Oo]ur (reading|arithmetic|null|addition|own)|is ours|are ours|\beq\. |[Aa]lgorithm "
-        r"\d|\bet al\. \d{4}|, \d{4}\)|\((AVSS|DoLa|SLEB|Shortened "
-        r"LLaMA|ShortGPT)\b|\bSQuAD\b|TruthfulQA's|DoLa's|`rouge_score`|scikit-learn|SAPLMA"
-    
+    r"arXiv \d{4}\.\d{5}|[Oo]ur (reading|arithmetic|null|addition|own)|is ours|are ours|\beq\. |[Aa]lgorithm "
+    r"\d|\bet al\. \d{4}|, \d{4}\)|\((AVSS|DoLa|SLEB|Shortened "
+    r"LLaMA|ShortGPT)\b|\bSQuAD\b|TruthfulQA's|DoLa's|`rouge_score`|scikit-learn|SAPLMA"
 )
 
 
@@ -271,3 +269,12 @@ def test_every_score_has_a_source():
 
     plain = {"magnitude", "position", "random"}
     assert set(score_names("run")) - plain <= set(FORMULAS["importance"].split())
+
+
+def test_help_shows_what_an_argument_is():
+    "The comments beside arguments reach `help()`, of functions and of methods."
+    import avss_nb as av
+    from avss_nb.runs import RunDirectory
+
+    assert "teacher: the base model" in av.heal.__doc__
+    assert "of the file, without" in RunDirectory.cached_table.__doc__
