@@ -174,4 +174,4 @@ def train_adapter(
                     on_step(step, loss)
 
             _run_trainer(make(student, log_step), student, arguments)
-    return _merged(student)
+        return _merged(student)
