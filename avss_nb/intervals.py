@@ -81,12 +81,11 @@ def false_discovery_rate(
     "Benjamini and Hochberg's adjusted p-values (Benjamini and Hochberg, 1995). ValueError for p outside [0, 1]."
     return sps.false_discovery_control(p)
 
-# %% ../nbs/14_intervals.ipynb #d6ca4148
+# %% ../nbs/14_intervals.ipynb #131062c5
 def minimum_detectable_effect(
     draws: np.ndarray,  # bootstrap draws of an estimate (n_resamples, ...)
 ) -> np.ndarray:  # scalar for each estimate (...,), in the estimate's unit
-    """The smallest effect that a 95 % interval excludes zero for with a power of 80 % (Gelman and Hill, 2007): 2.8
-    standard errors."""
+    "2.8 standard errors: the effect whose 95 % interval excludes zero with a power of 80 % (Gelman and Hill, 2007)."
     return 2.8 * np.asarray(draws, float).std(axis=0)
 
 # %% ../nbs/14_intervals.ipynb #04a00002

@@ -174,7 +174,7 @@ def train_adapter(
                     on_step(step, loss)
 
             _run_trainer(make(student, log_step), student, arguments)
-    return _merged(student)
+        return _merged(student)
 
 # %% ../nbs/16_training.ipynb #0ef76b0b
 explain_arguments(globals())

@@ -277,4 +277,4 @@ def test_help_shows_what_an_argument_is():
     from avss_nb.runs import RunDirectory
 
     assert "teacher: the base model" in av.heal.__doc__
-    assert "of the file, without" in RunDirectory.cached_table.__doc__
+    assert "key: settings, model, data" in RunDirectory.open.__func__.__doc__
