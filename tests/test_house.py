@@ -1,6 +1,7 @@
 """The files agree with each other: notebooks, package, README, site, settings and pins."""
 
 import ast
+import re
 import shutil
 import sys
 from configparser import ConfigParser
@@ -156,8 +157,7 @@ def test_imports_stand_alone(chapter):
     mixed = [
         where(cell)
         for cell in code_cells(chapter)
-        if cell.outputs
-        and any(isinstance(n, ast.Import | ast.ImportFrom) for s in statements(cell) for n in ast.walk(s))
+        if cell.outputs and any(isinstance(statement, ast.Import | ast.ImportFrom) for statement in statements(cell))
     ]
     assert not mixed, "\n".join(mixed)
 
@@ -174,28 +174,30 @@ def module_of(chapter: Path) -> str | None:
     )
 
 
-def imported_modules(cell) -> set[str]:
-    "The modules of this package that a cell imports."
-    nodes = [n for s in statements(cell) for n in ast.walk(s)]
+def imported_modules(cell, inside: bool = True) -> set[str]:
+    "The modules of this package that a cell imports; `inside`: in its functions, too."
+    nodes = [n for s in statements(cell) for n in (ast.walk(s) if inside else [s])]
     names = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level]
-    names += [
-        f"avss_nb.{a.name}" for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "avss_nb" for a in n.names
-    ]
+    froms = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module == "avss_nb"]
+    names += [f"avss_nb.{a.name}" for n in froms for a in n.names if not a.name.startswith("__")]
     names += [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     return {name.split(".")[1] for name in names if name.startswith("avss_nb.")}
 
 
 @each_chapter
 def test_chapter_imports_from_chapters_above(chapter):
-    "A module from chapters above alone; what a chapter shows may also use the reference part."
+    """A module imports from chapters above it alone. What a chapter shows, and what a function imports when it is called,
+    may also use the reference part; and every chapter may keep its tables by `runs`."""
     if chapter.name == "index.ipynb":
         return  # the index shows all of it
     above = {module_of(c) for c in CHAPTERS if c.name <= chapter.name and c.name != "index.ipynb"}
     reference = {module_of(c) for c in CHAPTERS if c.name.startswith("9")}
     wrong = []
     for cell in code_cells(chapter):
-        allowed = above if {"export", "exporti"} & (cell.directives_ or {}).keys() else above | reference
-        if late := imported_modules(cell) - allowed:
+        is_exported = bool({"export", "exporti"} & (cell.directives_ or {}).keys())
+        late = imported_modules(cell) - above - reference - (set() if is_exported else {"runs"})
+        late |= imported_modules(cell, inside=False) - above if is_exported else set()
+        if late:
             wrong.append(f"{where(cell)} imports {sorted(late)}")
     assert not wrong, "\n".join(wrong)
 
@@ -205,7 +207,7 @@ def test_no_private_name_crosses_modules():
     for module in (ROOT / "avss_nb").glob("[!_]*.py"):
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("avss_nb")):
-                private += [f"{module.name}: {a.name}" for a in node.names if a.name.startswith("_")]
+                private += [f"{module.name}: {a.name}" for a in node.names if re.match("_[^_]", a.name)]
     assert not private
 
 
