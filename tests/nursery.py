@@ -134,7 +134,7 @@ def jobs(model_folder: str) -> dict[str, Callable[[Path], None]]:
 
     def prune(out: Path):
         if not out.exists():
-            avss_nb.shipping.prune_to_folder(model_folder, out, **SMALL)
+            avss_nb.shipping.prune_to_folder(model_folder, out=out, **SMALL)
 
     def answers(out: Path):
         generate_answers(parts[0], tokenizer, Dataset.from_list(ASKED), n_samples=1, max_new_tokens=6, stop=(), out=out)

@@ -382,7 +382,7 @@ def claimed(out: Path, model: Path):
 
 
 def pruned(out: Path, model: Path):
-    return avss_nb.shipping.prune_to_folder(model, out, **SMALL)
+    return avss_nb.shipping.prune_to_folder(model, out=out, **SMALL)
 
 
 @pytest.mark.parametrize("change", [other_weights, other_config])
