@@ -14,6 +14,7 @@ each_module = pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
 GLOSSARY = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Words that mean the same everywhere")[1]
 COMMON = {
     "self",
+    "cls",
     "args",
     "kwargs",
     *(
@@ -225,6 +226,7 @@ def test_numbers_with_a_unit_say_it(module):
 
 # Functions that are a formula or an algorithm somebody published, or our version of one.
 FORMULAS = dict(
+    intervals="permutation_p_value false_discovery_rate minimum_detectable_effect",
     metrics="variance normalized_variance sparsity avss navss cavss",
     hooks="relative_update",
     importance="block_influence angular_distance taylor leave_one_out sleb shapley downstream_stats",
