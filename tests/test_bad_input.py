@@ -483,6 +483,7 @@ models.load_model(os.environ["GGUF"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before the tokenizer", "before the rename"])
 def test_killed_while_converting(tiny_gguf, cache, moment):
     "The next start succeeds and cleans up; the one after finds all done."
@@ -514,6 +515,7 @@ def test_a_damaged_cache_is_made_again(tiny_gguf, cache, how):
     assert files(cache) == complete and weights.read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_two_processes_convert_at_once(tiny_gguf, cache):
     code = (
         "import os; from avss_nb.models import load_model; "

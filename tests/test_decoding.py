@@ -30,7 +30,7 @@ from avss_nb.hooks import model_inputs, read_activations
 from avss_nb.labeling import ANSWER, generate_answers
 from avss_nb.models import blocks
 from test_labeling import ASKED, BOS, CAUSAL, EOS, letters
-from tiny import batch_of, one_thread, tiny
+from tiny import batch_of, one_thread, swept, tiny
 
 GENERATION = dict(template="Q{question}A", max_new_tokens=6, stop=("zz",))
 
@@ -102,7 +102,7 @@ def test_scores_are_those_of_the_reference(family, side, layers):
             np.testing.assert_allclose(own, reference(family, model, text[:n], layers, 0.2), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", swept(CAUSAL))
 def test_generation_in_any_batch(family):
     "In every family, greedy and drawn: the same tokens in any batch; the numbers are those of one pass over the row."
     model, tokenizer = model_of(family), letters()
@@ -178,7 +178,7 @@ def test_options_under_contrast(family):
         assert row.logprob == pytest.approx(expected, abs=5e-3)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", swept(CAUSAL))
 def test_reads_out_every_family(family):
     "After the last block: the model's own logits."
     model, found = model_of(family), {}

@@ -29,7 +29,7 @@ from avss_nb.eavss import (
 from avss_nb.hooks import POINTS, read_activations
 from avss_nb.metrics import LayerStats, avss, collect_stats, sparsity, variance
 from avss_nb.models import blocks
-from tiny import FAMILIES, VOCABULARY, TupleModel, batch_of, one_thread, tiny
+from tiny import FAMILIES, TupleModel, VOCABULARY, batch_of, one_thread, swept, tiny
 
 FEW = [*FAMILIES, "bloom", "gptj", "falcon", "phi3", "mixtral", "mamba"]
 LENGTHS = [(5, 4), (3, 1), (9, 2), (4, 7), (6, 1), (2, 3), (7, 5)]  # tokens of prompt and answer
@@ -79,7 +79,7 @@ def same(a: AnswerStats, b: AnswerStats, rtol: float = 1e-4):
 # statistics
 
 
-@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("family", swept(FEW))
 def test_equal_to_a_double_loop(family):
     "Each answer alone, unpadded; every element of every answer token looked at by itself."
     model, answers, points = tiny(family), answers_of(), ("output", "relative_update")

@@ -18,7 +18,7 @@ from avss_nb.cost import decoding_cost
 from avss_nb.healing import heal, healing_loss
 from avss_nb.surgery import prune_layers
 from avss_nb.training import last_checkpoint
-from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, batch_of, one_thread, tiny
+from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, batch_of, one_thread, swept, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
 TEXT = ["Snow is white, grass is green, and coal is black.", "One two three four five six seven."] * 8
@@ -45,7 +45,7 @@ def weights(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", swept(CAUSAL))
 def test_every_family_learns_from_its_teacher_and_leaves_it_alone(family, tmp_path):
     base_model = tiny(family)
     small, before = prune_layers(base_model, [1]), weights(base_model)

@@ -27,14 +27,14 @@ from avss_nb.importance import (
 from avss_nb.metrics import avss, collect_stats
 from avss_nb.models import blocks, load_model
 from avss_nb.surgery import PassThrough, skip_layers
-from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny, without
+from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, swept, tiny, without
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
 ENCODERS = ["bert", "distilbert", "t5"]
 NO_SUBLAYERS = dict(
     bert="BertLayer is no sum", distilbert="TransformerBlock is no sum", mamba="no 'attention' found in MambaBlock"
 )
-each_family = pytest.mark.parametrize("family", ALL)
+each_family = pytest.mark.parametrize("family", swept(ALL))
 LABELS = [0, 1, 1, 0, 1]
 
 
@@ -172,6 +172,7 @@ def test_shapley_values_add_up(family):
     assert (found.se == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_shapley_values_by_all_orders(family):
     model, value = tiny(family), {}

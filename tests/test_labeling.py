@@ -45,7 +45,7 @@ from avss_nb.labeling import (
 )
 from avss_nb.models import load_model
 from avss_nb.surgery import skip_layers
-from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
+from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, swept, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
 TOKENS = ["<unk>", "<pad>", "</s>", "<s>", "\n", *map(chr, range(32, 126))]  # a token a letter
@@ -84,7 +84,7 @@ ASKED = questions("Who?", "Where was it, and when?", "Why not?", "How long is a 
 
 
 @pytest.mark.parametrize("skipped", [[], [0, 3]], ids=str)
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", swept(CAUSAL))
 def test_batched_is_unbatched(family, skipped):
     """In every family, greedy and drawn; greedy is what transformers' own `generate` says, and the numbers are those
     of one pass over the whole row."""

@@ -8,7 +8,7 @@ import torch
 from avss_nb.evaluation import _after_prompts, option_logprobs
 from avss_nb.data import batch_rows
 from avss_nb.surgery import skip_layers
-from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
+from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, swept, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
 PROMPTS, OPTIONS = ["abcd", "efghijkl", "abcd"], [["x", "yz", "uvw"], ["mnop", "q"], ["rst", "yz"]]
@@ -36,7 +36,7 @@ def by_hand(model):
 
 
 @pytest.mark.parametrize("skipped", [[], [0, 3]], ids=str)
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", swept(CAUSAL))
 def test_every_family(family, skipped):
     model = tiny(family)
     with skip_layers(model, skipped):

@@ -11,11 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 from avss_nb.models import blocks
 from avss_nb.surgery import prune_layers, skip_layers
-from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny
+from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, swept, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
 ENCODERS = ["bert", "distilbert", "t5"]
-each_family = pytest.mark.parametrize("family", ALL)
+each_family = pytest.mark.parametrize("family", swept(ALL))
 
 RELOAD = """
 import json, sys, torch, transformers

@@ -50,7 +50,7 @@ from avss_nb.sparsity import (
     top_k,
     uniform_plan,
 )
-from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, tiny
+from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, swept, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
 DECODERS = ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "phi3", "mixtral", "falcon", "bloom", "gemma3_text"]
@@ -92,7 +92,7 @@ def test_projections_by_name(family):
     assert list(projections(blocks(tiny(family))[2])) == EXPECTED[family].split()
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", swept(ALL))
 def test_every_linear_layer_once(family):
     block = blocks(tiny(family))[0]
     maps = projections(block)
@@ -107,7 +107,7 @@ def test_every_linear_layer_once(family):
 # ---- calibration
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", swept(ALL))
 def test_calibration_is_the_same_in_any_batch(family):
     "Padding is not counted; batch size and padding side move a count or two across a bin's edge by rounding."
     model, one = tiny(family), None
@@ -227,7 +227,7 @@ def test_a_sparse_layer_is_the_dense_layer_of_the_masked_input(rule, value, dtyp
 # ---- sparsify
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", swept(ALL))
 def test_sparsify_leaves_nothing(family):
     """Sparsity 0 is the same model bit for bit. Any other changes it inside, and leaves no hook, no class and no
     attribute, after an exception neither."""
@@ -273,7 +273,7 @@ def test_only_what_the_plan_names():
     assert realised.stack().dropna().to_dict() == {(1, "q_proj"): 0.5, (4, "down_proj"): 0.75}
 
 
-@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("family", swept(ALL))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_realised_is_what_was_asked_for(family, side):
     """Top-k to the unit, thresholds on the dense model's own inputs to a point; padding is not counted. What a ReLU has
@@ -356,7 +356,7 @@ def test_column_product(threads, bias):
 
 
 @pytest.mark.parametrize("rule", ["threshold", "top_k"])
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", swept(DECODERS))
 def test_decoding_by_columns_is_the_masked_dense_form(family, rule, monkeypatch):
     model, ids, calls = tiny(family), batch_of(12)["input_ids"], []
     stats, plain = projection_stats(model, [batch_of(9, 4, 6)]), sparsity._column_product

@@ -138,3 +138,11 @@ class TupleModel(nn.Module):
         for layer in self.layers:
             hidden, attention_map = layer(hidden, attention_mask)
         return self.head(hidden)
+
+
+QUICK = ("llama", "gpt2", "gemma3_text", "bert")
+
+
+def swept(families) -> list:
+    "Families as parameters of a test: a few in every run, the others in the long sweep."
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in families]
