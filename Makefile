@@ -22,7 +22,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt bundled-models.tx
 	@touch $@
 
 study: $(READY)  ## study the layers of the bundled model, report in results/smollm2-135m
-	$(BIN)/avss_study smollm2-135m --out results/smollm2-135m $(if $(AVSS_NB_DATA),--data "$(AVSS_NB_DATA)")
+	$(BIN)/avss study smollm2-135m --out results/smollm2-135m $(if $(AVSS_NB_DATA),--data "$(AVSS_NB_DATA)")
 
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 

@@ -389,7 +389,8 @@ def _functions(tree: ast.Module, namespace: dict) -> Iterator[tuple[ast.Function
         if isinstance(node, ast.ClassDef):
             for method in node.body:
                 if isinstance(method, ast.FunctionDef):
-                    yield method, vars(namespace[node.name]).get(method.name)
+                    held = vars(namespace[node.name]).get(method.name)
+                    yield method, getattr(held, "__func__", held)  # of class methods, too
 
 
 def explain_arguments(

@@ -31,7 +31,7 @@ sys.path[:0] = sys.argv[1:]
 from tiny import batch_of, tiny
 from avss_nb.metrics import collect_stats, variance
 stats = collect_stats(tiny("llama"), [batch_of(5, 4)], points=("output", "doubled"))
-print((variance(stats, "doubled") / variance(stats, "output")).round(3).unique().tolist())
+print((variance(stats, point="doubled") / variance(stats, point="output")).round(3).unique().tolist())
 """
 
 
