@@ -186,7 +186,8 @@ def imported_modules(cell, inside: bool = True) -> set[str]:
 
 @each_chapter
 def test_chapter_imports_from_chapters_above(chapter):
-    """A module imports from chapters above it alone. What a chapter shows, and what a function imports when it is called,
+    """A module imports from chapters above it alone. What a chapter shows, and what a function imports when it is
+    called,
     may also use the reference part; and every chapter may keep its tables by `runs`."""
     if chapter.name == "index.ipynb":
         return  # the index shows all of it
