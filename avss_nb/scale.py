@@ -462,7 +462,7 @@ def launch_processes(
 def _flops(n: dict, tokens: int, max_length: int) -> dict[str, float]:
     "Operations of statistics and of leave-one-out, from a model's `weight_counts`."
     layers, head = n["layers"], 2 * n["head"]
-    block = 2 * n["maps"] / layers + 4 * max_length * n["attention"]
+    block = 2 * n["linear"] / layers + 4 * max_length * n["attention"]
     passes = layers + layers * (layers - 1) / 2  # through a block
     return dict(statistics=tokens * layers * block, leave_one_out=tokens * (passes * block + (layers + 1) * head))
 
