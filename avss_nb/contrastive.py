@@ -26,7 +26,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from fastcore.meta import delegates
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -795,7 +794,6 @@ def _train(model, plan: TrainingPlan, recipe: ContrastiveRecipe, data: _ByQuesti
         return train_adapter(model, adapter, make, arguments, **bar)
 
 # %% ../nbs/33_contrastive.ipynb #106d7549
-@delegates(ContrastiveRecipe)
 def contrastive_tune(
     model: PreTrainedModel,  # left as it is
     tokenizer: PreTrainedTokenizerBase,

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,9 +31,6 @@ import psutil
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-if TYPE_CHECKING:  # drawn with, and slow to import
-    from matplotlib.figure import Figure
 
 # %% ../nbs/50_report.ipynb #228fc0af
 from .ablations import choose_variants, compare_variants, held_out_items, plot_variants, run_variants
@@ -1112,7 +1109,7 @@ def _draw_choices(study: Study, ax):
     ax.set(xlabel="layer", title="Layers that each score removes")
 
 # %% ../nbs/50_report.ipynb #bceed054
-def plot_profile(study: Study, *, axes=None) -> "Figure":
+def plot_profile(study: Study, *, axes=None) -> Any:  # a matplotlib figure
     "AVSS by reading point, leave-one-out loss increase below it, and the layers that four scores remove."
     axes = _axes(axes, 3, 1, figsize=(9, 7), sharex=True, height_ratios=[3, 2.4, 1.4])
     _draw_reading_points(study, axes[0])
@@ -1145,7 +1142,7 @@ def _draw_retention(table: pd.DataFrame, kinds: dict[str, str], ax):
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, fontsize=8)
 
 # %% ../nbs/50_report.ipynb #7d59cb37
-def plot_retention(study: Study, *, axes=None) -> "Figure":
+def plot_retention(study: Study, *, axes=None) -> Any:  # a matplotlib figure
     "What is retained after pruning by each score, with 95 % intervals over texts, questions or sentences."
     table = study.removal.drop("base_model")
     axes = _axes(axes, 1, 3, figsize=(11, 5), sharey=True)
@@ -1157,7 +1154,7 @@ def plot_retention(study: Study, *, axes=None) -> "Figure":
     return axes[0].figure
 
 # %% ../nbs/50_report.ipynb #d8412800
-def plot_certainty(study: Study, *, ax=None) -> "Figure":
+def plot_certainty(study: Study, *, ax=None) -> Any:  # a matplotlib figure
     "How often each layer is among those that a score would remove, over bootstrap draws of the texts."
     ax = _axes(ax, figsize=(9, 2))
     lowest = study.certainty.lowest.unstack("layer")
@@ -1170,7 +1167,7 @@ def plot_certainty(study: Study, *, ax=None) -> "Figure":
     return ax.figure
 
 
-def plot_sensitivity(study: Study, *, ax=None) -> "Figure":
+def plot_sensitivity(study: Study, *, ax=None) -> Any:  # a matplotlib figure
     "Agreement of AVSS with leave-one-out under other settings."
     ax = _axes(ax, figsize=(7, 4))
     table = study.sensitivity.iloc[::-1]
@@ -1182,7 +1179,7 @@ def plot_sensitivity(study: Study, *, ax=None) -> "Figure":
     return ax.figure
 
 # %% ../nbs/50_report.ipynb #6c022b06
-def plot_hallucination_profile(study: Study, *, axes=None) -> "Figure | None":
+def plot_hallucination_profile(study: Study, *, axes=None) -> Any:  # a matplotlib figure
     "EAVSS of each layer, filled markers where q < .05; one panel per control. None where nothing was compared."
     titles = dict(all="all answers", length="answers of equal length")
     controls = [control for control in titles if control in study.hallucination.index]
@@ -1196,7 +1193,7 @@ def plot_hallucination_profile(study: Study, *, axes=None) -> "Figure | None":
     return axes[0].figure
 
 # %% ../nbs/50_report.ipynb #22f5bc97
-def plot_tuned(study: Study, *, axes=None) -> "Figure | None":
+def plot_tuned(study: Study, *, axes=None) -> Any:  # a matplotlib figure
     "What each variant of the contrastive training gains on the questions. None where nothing was trained."
     if not len(study.tuned):
         return None
@@ -1211,7 +1208,7 @@ def _draw_sparse(table: pd.DataFrame, ax):
     ax.axvline(0, color="gray", lw=1)
 
 # %% ../nbs/50_report.ipynb #e62ce577
-def plot_sparse(study: Study, *, axes=None) -> "Figure | None":
+def plot_sparse(study: Study, *, axes=None) -> Any:  # a matplotlib figure
     "What each plan costs compared with the base model, with its interval. None where no inputs were zeroed."
     if not len(study.sparse):
         return None
