@@ -87,10 +87,11 @@ def study_data(settings: Settings) -> dict[str, Any]:
     folder = data_folder(settings.data) if settings.data else None
     names, seed = data_names(settings), settings.seed
     ask = names["questions"]
+    texts = _study_texts(settings, folder, names["text"])
     train = load_questions(ask, path=folder, split="train")
     part = "dev" if folder else "test"
     return dict(
-        **_study_texts(settings, folder, names["text"]),
+        **texts,
         questions=load_questions(ask, path=folder, split="test", n=settings.questions, seed=seed),
         examples=load_questions(ask, path=folder, split="train", n=20, seed=seed),
         learn=train.shuffle(seed=seed),
