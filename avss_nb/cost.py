@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Cache, PretrainedConfig, PreTrain
 
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import sublayer
-from .metrics import N_BINS
+from .metrics import N_BINS, STREAM
 from .models import blocks, explain_arguments
 from .surgery import projections
 
@@ -144,7 +144,7 @@ def weight_bytes(
 def _working_memory(n: dict[str, int], size: int, tokens: int, points: int) -> dict[str, tuple]:
     "Bytes of each part next to the weights: for statistics, for leave-one-out, on disk."
     block, vocabulary = tokens * (3 * n["hidden"] + 4 * n["width"]) * size, n["head"] // n["width"]
-    sums = n["layers"] * points * (N_BINS + 4) * 8
+    sums = n["layers"] * (points * (N_BINS + 4) + len(STREAM)) * 8
     return {
         "peak block activations": (block, block, 0),
         "statistics buffers": (tokens * 2 * n["width"] * 4 + 2**18 * 32, 0, 0),

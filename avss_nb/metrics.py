@@ -23,7 +23,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .data import as_batches
 from .hooks import OF_STREAM, POINTS, check_points, read_activations, run_blocks
 from .models import atomic_write, blocks, explain_arguments
 
@@ -389,10 +388,12 @@ def collect_stats(
     reduce: Iterable[str] = ("elements",),  # which sums to keep, of `REDUCTIONS`
     layers: Iterable[int] | None = None,  # numbers of blocks; default: all
     progress: bool = False,  # show a progress bar
-) -> LayerStats:  # sums over all counted tokens, float64, on the CPU; one row per layer
+) -> "LayerStats":  # sums over all counted tokens, float64, on the CPU; one row per layer
     """Layer statistics in one pass and constant memory, at the points and of the stream (`stream.cosine_distance` and
     others). ValueError for an unknown name, a block that is not there or no token; FloatingPointError naming the first
     layer that is not finite."""
+    from avss_nb.data import as_batches  # here: the library of tables takes a second to load
+
     sums = LayerSums(_chosen_blocks(model, layers), points=points, reduce=reduce)
     inside = [point for point in sums.points if point not in OF_STREAM]
     with read_activations(model, ("input", *inside, "output"), sums.take):

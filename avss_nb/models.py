@@ -28,7 +28,7 @@ import transformers
 from filelock import FileLock
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 # %% ../nbs/10_models.ipynb #3cad4106
 KNOWN_MODELS = {
@@ -85,10 +85,10 @@ def atomic_write(
             part.unlink()
 
 # %% ../nbs/10_models.ipynb #e0155d96
-def _dequantized(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _dequantized(gguf: Path) -> "tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]":
     "Model and tokenizer from a GGUF file, as ordinary float32 ones that can be saved."
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -122,7 +122,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _save_complete(parts: tuple[PreTrainedModel, PreTrainedTokenizerBase], folder: Path) -> None:
+def _save_complete(parts: "tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]", folder: Path) -> None:
     "Save model and tokenizer under a temporary name, note the sizes, then rename; OSError when it cannot be written."
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -202,11 +202,11 @@ def resolve_model(
 def _load_weights(
     source: str,  # a folder or hub id
     **options,  # of `from_pretrained`
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     "A model of the architecture that its config names; ValueError where its file lacks weights."
-    config = AutoConfig.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
     named = getattr(config, "architectures", None) or ["?"]
-    architecture = getattr(transformers, named[0], AutoModelForCausalLM)
+    architecture = getattr(transformers, named[0], transformers.AutoModelForCausalLM)
     model, info = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"its file lacks {len(missing)} of the weights that its config asks for, {missing[0]} first")
@@ -235,7 +235,7 @@ def _give_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase,  # gets a pad token when it has none
     *,
-    model: PreTrainedModel | None = None,  # to compare the vocabulary with the embedding
+    model: "transformers.PreTrainedModel | None" = None,  # to compare the vocabulary with the embedding
 ) -> dict:  # `pad`, `adds_bos`, `digits` ("single" or "grouped"), `vocabulary`
     "Facts about a tokenizer that change results; raises ValueError when it cannot serve this model."
     _give_pad_token(tokenizer)
@@ -260,14 +260,14 @@ def load_model(
     device_map: str | dict | None = None,  # as in transformers; excludes `device`
     trust_remote_code: bool = False,
     **options,  # of `from_pretrained`: `quantization_config, max_memory, offload_folder`
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> "tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]":
     "A model in eval mode and its tokenizer; FileNotFoundError or ValueError in one line that names the model."
     if device is not None and device_map is not None:
         raise ValueError("give `device` or `device_map`, not both")
     source, remote = resolve_model(name_or_path), dict(trust_remote_code=trust_remote_code)
     try:
         model = _load_weights(source, dtype=dtype or "auto", device_map=device_map, **remote, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **remote)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **remote)
         check_tokenizer(tokenizer, model=model)
         if device_map is None and not getattr(model, "is_quantized", False):
             model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -355,7 +355,7 @@ def blocks(
     return lists[path] if path else max(lists.values(), key=_n_parameters)
 
 # %% ../nbs/10_models.ipynb #b404bd31
-def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+def shared_copy(model: "transformers.PreTrainedModel") -> "transformers.PreTrainedModel":
     "Another model over the same weights."
     return deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 

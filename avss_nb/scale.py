@@ -50,7 +50,7 @@ from avss_nb.importance import (
     removal_losses,
     score_names,
 )
-from .metrics import N_BINS, LayerStats, collect_stats
+from .metrics import N_BINS, STREAM, LayerStats, collect_stats
 from .models import atomic_write, blocks, explain_arguments, model_key
 from .runs import RunDirectory, check_run, key_of
 
@@ -492,7 +492,8 @@ def estimate(
     rows = dict(parameters=n["parameters"]) | {f"gb_{bits}": weight_bytes(n, bits) / 1e9 for bits in BITS}
     rows |= _keyed("flops", flops)
     rows |= _keyed("hours", {name: count / flops_per_second / 3600 for name, count in flops.items()} | from_disk)
-    return pd.Series(rows | dict(mb_statistics=n["layers"] * points * (N_BINS + 4) * 8 / 1e6))
+    sums = n["layers"] * (points * (N_BINS + 4) + len(STREAM))
+    return pd.Series(rows | dict(mb_statistics=sums * 8 / 1e6))
 
 # %% ../nbs/52_scale.ipynb #1bab1657
 explain_arguments(globals())

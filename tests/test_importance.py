@@ -424,8 +424,8 @@ def test_a_registered_score_is_known_by_its_name(monkeypatch):
     assert layer_scores(tiny("llama"), texts(), methods="first")["first"].tolist() == [1, 0, 0, 0, 0]
 
 
-def test_texts_are_made_into_batches(model_folder):
-    model, tokenizer = load_model(model_folder)
+def test_texts_are_made_into_batches():
+    model, tokenizer = load_model()
     some = ["a lamp in the dark", "the keeper lit it"]
     made = as_batches(tokenizer, some)
     for score in (block_influence, leave_one_out, taylor, angular_distance):

@@ -71,9 +71,11 @@ def test_the_index_takes_it(wheel):
 
 def test_it_carries_the_package_and_one_notebook(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"avss_nb/{p.name}" for p in (ROOT / "avss_nb").iterdir() if p.suffix in (".py", ".ipynb")} == {
-        n for n in names if ".dist-info/" not in n
-    }
+    assert {
+        f"avss_nb/{p.name}"
+        for p in (ROOT / "avss_nb").iterdir()
+        if p.suffix in (".py", ".pyi", ".ipynb") or p.name == "py.typed"
+    } == {n for n in names if ".dist-info/" not in n}
     assert any(n.endswith("LICENSE") for n in names)
 
 
