@@ -31,9 +31,10 @@ def by_text(batches: Iterable[dict]) -> Iterator[tuple[int, dict]]:
             yield text, {name: values[:, used] if values.dim() == 2 else values for name, values in part.items()}
 
 # %% ../nbs/24_certainty.ipynb #c55c62bb
-def _weighted(sums: dict[str, np.ndarray], weights: np.ndarray) -> LayerStats:
-    "Statistics in which each text counts as its weight says."
-    return LayerStats({name: torch.from_numpy(np.tensordot(weights, values, 1)) for name, values in sums.items()})
+def _weighted(sums: dict[str, np.ndarray], weights: np.ndarray) -> list[LayerStats]:
+    "For each row of weights (draws, texts): statistics in which each text counts as its weight says."
+    draws = {name: torch.from_numpy(np.tensordot(weights, values, 1)) for name, values in sums.items()}
+    return [LayerStats({name: values[i] for name, values in draws.items()}) for i in range(len(weights))]
 
 
 class _TextSums:
@@ -56,15 +57,23 @@ class _TextSums:
 class TextScores(_TextSums):
     "What each text says of each layer: statistics, and losses without it. `reweighted` gives scores for any weights."
 
+    def _score(self, name: str, weights: np.ndarray, stats: dict[str, LayerStats]) -> np.ndarray:  # (layers,)
+        "One score; `stats` and the losses count each text as its weight says."
+        found = self._increase(weights) if name == "leave_one_out" else SCORES[name](stats[SCORES[name].source])
+        return np.asarray(found, float)
+
+    def draws(self, weights: np.ndarray, methods: Iterable[str]) -> Iterator[pd.DataFrame]:
+        "`reweighted` for each row of weights (draws, texts). 32 rows at once: most of the time goes into reading sums."
+        for start in range(0, len(weights), 32):
+            some = weights[start : start + 32]
+            stats = {source: _weighted(sums, some) for source, sums in self.sums.items()}
+            for i, row in enumerate(some):
+                of_row = {source: draws[i] for source, draws in stats.items()}
+                yield pd.DataFrame({name: self._score(name, row, of_row) for name in methods}).rename_axis("layer")
+
     def reweighted(self, weights: np.ndarray, methods: Iterable[str]) -> pd.DataFrame:  # (texts,) -> one row per layer
         "Scores when text i counts `weights[i]` times."
-        stats = {source: _weighted(sums, weights) for source, sums in self.sums.items()}
-        table = {}
-        for name in methods:
-            score = SCORES[name]
-            found = self._increase(weights) if name == "leave_one_out" else score(stats[score.source])
-            table[name] = np.asarray(found, float)
-        return pd.DataFrame(table).rename_axis("layer")
+        return next(self.draws(np.asarray(weights)[None], methods))
 
 # %% ../nbs/24_certainty.ipynb #282a3e78
 def _additive(methods: Iterable[str]) -> list[str]:
@@ -133,8 +142,8 @@ def score_certainty(
     "Each layer's score with its bootstrap interval over texts, and how often it is among the lowest."
     methods, n = list(methods), len(texts.tokens)
     point, rng = texts.reweighted(np.ones(n), methods), np.random.default_rng(seed)
-    weights = [rng.multinomial(n, np.full(n, 1 / n)) for _ in range(n_resamples)]
-    draws = np.stack([texts.reweighted(some, methods).to_numpy() for some in weights])  # (draws, layers, methods)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    draws = np.stack([scores.to_numpy() for scores in texts.draws(weights, methods)])  # (draws, layers, methods)
     ranks = draws.argsort(axis=1, kind="stable").argsort(axis=1)
     lowest = (ranks < n_removed(fraction, len(point))).mean(0)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")

@@ -23,7 +23,7 @@ def option(
 
 # %% ../nbs/50_options.ipynb #af010ce6
 SIZES: dict[str, dict[str, int]] = dict(
-    quick=dict(passages=16, questions=60, sentences=100, max_length=128),
+    quick=dict(passages=8, questions=60, sentences=60, max_length=128),
     full=dict(passages=16, questions=100, sentences=200, max_length=256),
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")

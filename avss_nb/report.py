@@ -780,11 +780,13 @@ def _measure_rest(work: _Measurement):
 
 # %% ../nbs/50_report.ipynb #ab4e9f3f
 def _measure_all(work: _Measurement) -> Iterator[Study]:
-    "The study after each of its stages."
+    "The study after each of its stages; where a run goes on, from the last stage that is stored."
+    stored = _stage(work.out)
     try:
-        for measure_stage in (_measure_profile, _measure_scores, _measure_pruned, _measure_rest):
+        for number, measure_stage in enumerate((_measure_profile, _measure_scores, _measure_pruned, _measure_rest), 1):
             measure_stage(work)
-            yield load_study(work.out, partial=True)
+            if number >= stored:
+                yield load_study(work.out, partial=True)
     finally:
         work.progress.bar.close()
 
@@ -1288,7 +1290,7 @@ def _report_cells(settings: Settings, out: Path, stage: int, to_come: str = "") 
     "The report's cells as far as a study is, for a study in another folder."
     cells = [
         ("markdown", f"# The layers of {settings.model}\n\n{to_come}"),
-        ("code", f"{_IMPORTS}\nout, keep_figures = Path({str(out)!r}), True"),
+        ("code", f"{_IMPORTS}\nout, keep_figures = Path({str(out)!r}), {stage == len(STAGES)}"),
     ]
     needed = 1
     for kind, source in _report_sources():

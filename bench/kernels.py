@@ -1,16 +1,18 @@
 """Which stored numbers move with the processor's kernels, and by how much: `python bench/kernels.py [chapter …]`.
 
-Every table of the chapters is measured anew under several sets of kernels, with one and with two threads, and
-compared with
-what is stored. Writes kernels.json and kernels.md. All chapters take some hours; a run that was stopped resumes.
+Every table of the chapters is measured anew under several sets of kernels, with one and with two threads, and compared
+with what is stored. Writes kernels.json and kernels.md. All chapters take some hours; a run that was stopped resumes.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -29,16 +31,28 @@ def chapters(names: list[str]) -> list[str]:
     return [name for name in found if not names or name in names]
 
 
+def moved(stored: Path, fresh: Path) -> list[dict]:
+    "For each column of numbers of a chapter's tables: its largest difference, as a part of its largest value."
+    rows = []
+    for file in sorted(stored.glob("*.csv")):
+        old, new = pd.read_csv(file), pd.read_csv(fresh / file.name)
+        for column in old.select_dtypes("number"):
+            off, size = (new[column] - old[column]).abs().max(), old[column].abs().max()
+            rows.append(dict(table=file.stem, column=column, relative=float(off / size) if size else float(off)))
+    return rows
+
+
 def measure(chapter: str, kernels: str, threads: int) -> dict:
-    "Run a chapter with its tables measured anew: whether it passes, and each column's largest difference."
+    "Measure a chapter's tables anew in a copy of the project: whether it passes, and what moved."
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "moved.jsonl"
+        copy = Path(folder) / "project"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "_docs", "_proc"))
         environment = os.environ | KERNELS[kernels] | dict(OMP_NUM_THREADS=str(threads))
-        environment |= dict(AVSS_NB_FRESH="1", AVSS_NB_MOVED=str(log), PYTHONPATH=str(ROOT))
+        environment |= dict(AVSS_NB_FRESH="store", PYTHONPATH=str(ROOT))
         command = [Path(sys.executable).with_name("nbdev_test"), "--path", f"{chapter}.ipynb"]
-        done = subprocess.run(command, cwd=ROOT / "nbs", env=environment, capture_output=True, text=True)
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        return dict(passed=done.returncode == 0, error=done.stderr[-800:], moved=[json.loads(line) for line in lines])
+        done = subprocess.run(command, cwd=copy / "nbs", env=environment, capture_output=True, text=True)
+        tables = [folder / "nbs" / "results" / chapter for folder in (ROOT, copy)]
+        return dict(passed=done.returncode == 0, error=done.stderr[-800:], moved=moved(*tables))
 
 
 def row(chapter: str, runs: dict[str, dict]) -> str:
@@ -49,7 +63,7 @@ def row(chapter: str, runs: dict[str, dict]) -> str:
         shown = (
             "nothing" if not largest or not largest["relative"] else f"{largest['column']} {largest['relative']:.1e}"
         )
-        cells.append(shown + ("" if run["passed"] else " **red**"))
+        cells.append(shown + ("" if run["passed"] else " *red*"))
     return f"| {chapter} | " + " | ".join(cells) + " |"
 
 
@@ -59,14 +73,8 @@ def page(results: dict[str, dict[str, dict]]) -> str:
     lines = [
         "# What moves with the kernels",
         "",
-        (
-            "Written by `python bench/kernels.py`. For each chapter the column of a stored table that moved most, and "
-            "by which part of its"
-        ),
-        (
-            "largest value, when it was measured anew; *red* where an assertion of the chapter or a table's tolerance "
-            "did not hold."
-        ),
+        "Written by `python bench/kernels.py`. For each chapter: the column of a stored table that moved most when it",
+        "was measured anew, and by which part of its largest value; *red* where an assertion did not hold.",
         "",
         "| chapter | " + " | ".join(names) + " |",
         "| --- |" + " --- |" * len(names),

@@ -686,6 +686,7 @@ def test_command_with_a_broken_model(capsys, model_folder, tmp_path):
     assert not [name for name in files(tmp_path / "out") if name.endswith((".part", ".csv"))]
 
 
+@pytest.mark.slow
 def test_command_as_a_process(tmp_path):
     "The status reaches the shell."
     process = start(

@@ -423,6 +423,7 @@ def run(out, slow):
     )
 
 
+@pytest.mark.slow
 def test_stopped_variants_resume_to_the_same_table(tmp_path):
     steps = []
 

@@ -43,8 +43,7 @@ LONG = dict(
     variants=dict(changes=20, kills=12),
     tune=dict(changes=20, kills=10),
 )
-QUICK = {name: plan | dict(kills=1) for name, plan in LONG.items()}  # each run until it ends by itself, once
-both_plans = pytest.mark.parametrize("plan", ["killed", pytest.param("killed_often", marks=slow)])
+QUICK = {name: LONG[name] | dict(kills=1) for name in ("study", "answers")}  # until it ends by itself, once
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +106,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: of(folder / name) for name in files(folder) if (folder / name).is_file()}
 
 
-@both_plans
-@pytest.mark.parametrize("name", ["study", "prune", "answers", "variants"])
+PLANS = [("killed", "study"), ("killed", "answers")]
+PLANS += [pytest.param("killed_often", name, marks=slow) for name in ("study", "prune", "answers", "variants")]
+
+
+@pytest.mark.parametrize("plan, name", PLANS)
 def test_a_killed_run_ends_with_the_same_files(request, plan, name):
     "To the last bit, and with nothing besides."
     place, runs = request.getfixturevalue(plan)
@@ -119,9 +121,9 @@ def test_a_killed_run_ends_with_the_same_files(request, plan, name):
         assert sorted(found) == sorted(wanted) and not [n for n in wanted if found[n] != wanted[n]]
 
 
-@both_plans
-def test_killed_trainings_end_with_the_same_weights(request, plan):
-    files_ = sorted(request.getfixturevalue(plan)[0].glob("tune-*.weights"), reverse=True)
+@slow
+def test_killed_trainings_end_with_the_same_weights(killed_often):
+    files_ = sorted(killed_often[0].glob("tune-*.weights"), reverse=True)
     wanted, *others = (torch.load(file, weights_only=True) for file in files_)
     assert others and all(torch.equal(weights[name], wanted[name]) for weights in others for name in wanted)
 

@@ -126,6 +126,7 @@ def run(out, slow: bool) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_to_the_same_weights(tmp_path):
     first = run(tmp_path / "cut", slow=True)
     for line in first.stdout:

@@ -211,7 +211,9 @@ def test_a_truncated_walk_still_adds_up():
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "bert", "qwen3"))]
+)
 def test_taylor_against_finite_differences(family):
     "In double precision, each weight of one small tensor of each block."
     model = tiny(family).double()
@@ -425,7 +427,8 @@ def test_a_registered_score_is_known_by_its_name(monkeypatch):
 
 
 def test_texts_are_made_into_batches():
-    model, tokenizer = load_model()
+    tokenizer = load_model()[1]
+    model = tiny("llama", vocab_size=len(tokenizer))
     some = ["a lamp in the dark", "the keeper lit it"]
     made = as_batches(tokenizer, some)
     for score in (block_influence, leave_one_out, taylor, angular_distance):

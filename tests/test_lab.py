@@ -77,6 +77,7 @@ RUN = """const wait = ms => new Promise(next => setTimeout(next, ms));
 })().catch(error => { window.ran = 'failed: ' + error; });"""
 
 
+@pytest.mark.slow
 def test_a_chapter_runs_in_the_browser(lab, browser):
     url, folder = lab
     for cell in (notebook := json.loads((folder / CHAPTER).read_text()))["cells"]:

@@ -80,6 +80,7 @@ def test_the_card_says_what_was_measured(pruned):
     ) in card
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_folder(folder, pruned, tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
@@ -183,6 +184,7 @@ def test_bad_options_are_named(folder, tmp_path, capsys, arguments, message):
     assert message in failed(capsys, folder, "--out", tmp_path / "new", *arguments) and files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_healed_model_has_its_own_column_and_goes_on_after_a_kill(folder, pruned, tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt

@@ -42,6 +42,7 @@ def agree(items, task, table, decisions):
     assert list(decisions) == theirs.acc.tolist()
 
 
+@pytest.mark.slow
 @needs_data
 def test_every_task_has_its_items(items):
     assert items.groupby(level="task").size().to_dict() == dict.fromkeys(LOCAL_TASKS, N)
@@ -63,6 +64,7 @@ def test_every_task_has_its_items(items):
         assert not items.loc[task].answer.str.contains("[\n.,]").any()
 
 
+@pytest.mark.slow
 @needs_data
 def test_sciq_to_the_item(bundled, items):
     docs = rows("sciq")
@@ -75,6 +77,7 @@ def test_sciq_to_the_item(bundled, items):
     agree(items, "sciq", table, [float(g.logprob.argmax() == 3) for _, g in table.groupby("item")])
 
 
+@pytest.mark.slow
 @needs_data
 def test_sst2_to_the_item(bundled, items):
     docs = rows("sst2")
@@ -88,6 +91,7 @@ def test_sst2_to_the_item(bundled, items):
     )
 
 
+@pytest.mark.slow
 @needs_data
 def test_truthfulqa_to_the_item(bundled, items):
     "The prompt of six examples is the harness's own; MC2 comes from logarithms here and from probabilities there."
@@ -112,6 +116,7 @@ def test_truthfulqa_to_the_item(bundled, items):
         np.testing.assert_allclose(ours, theirs.acc, atol=1e-4)
 
 
+@pytest.mark.slow
 @needs_data
 def test_wikitext_perplexity_is_that_of_our_own(bundled):
     "Documents of one window, so that both see the same context."
