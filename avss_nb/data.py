@@ -139,6 +139,7 @@ def _countries() -> list[dict]:
     return found
 
 # %% ../nbs/12_data.ipynb #356887c2
+@cache
 def _capitals() -> list[dict]:
     "One question for each country."
     countries, rows = _countries(), []

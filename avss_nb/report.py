@@ -778,7 +778,7 @@ def _measure_rest(work: _Measurement):
     if not (file := work.out / "results.json").exists():
         _write_text(file, json.dumps(summary(load_study(work.out, partial=True)), indent=1))
 
-# %% ../nbs/50_report.ipynb #ab4e9f3f
+# %% ../nbs/50_report.ipynb #87415743
 def _measure_all(work: _Measurement) -> Iterator[Study]:
     "The study after each of its stages; where a run goes on, from the last stage that is stored."
     stored = _stage(work.out)
@@ -790,7 +790,7 @@ def _measure_all(work: _Measurement) -> Iterator[Study]:
     finally:
         work.progress.bar.close()
 
-
+# %% ../nbs/50_report.ipynb #ab4e9f3f
 def measure_in_stages(
     settings: Settings,
     out: str | Path,  # a folder of its own for each study

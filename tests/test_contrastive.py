@@ -37,7 +37,7 @@ from avss_nb.contrastive import (
 )
 from avss_nb.evaluation import option_logprobs
 from avss_nb.models import blocks
-from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, one_thread, tiny
+from tiny import FAMILIES, MORE_FAMILIES, QUICK, VOCABULARY, one_thread, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
 STATELESS = [f for f in CAUSAL if f != "mamba"]  # a state-space model reads its padding on the left
@@ -242,7 +242,7 @@ def test_losses_do_not_depend_on_the_other_questions_of_the_batch(objective):
 @pytest.mark.parametrize(
     "family, point",
     [
-        *((family, "output") for family in STATELESS),
+        *(pytest.param(name, "output", marks=[] if name in QUICK else pytest.mark.slow) for name in STATELESS),
         ("llama", "update"),
         ("llama", "relative_update"),
         ("gpt2", "relative_update"),

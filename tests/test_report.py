@@ -1,11 +1,14 @@
 "The command `avss study`, from a model folder to a report, on a tiny random model."
 
+import io
 import json
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -24,12 +27,10 @@ from avss_nb.report import (
     ANSWER_TABLES,
     STAGES,
     load_study,
-    measure_in_stages,
     memory_in_words,
     run_study,
     still_to_come,
     wrong_answers,
-    write_report,
 )
 from tiny import tiny
 
@@ -97,9 +98,20 @@ def command(model_folder, out):
 
 @pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory):
-    "A finished study and what the command printed."
-    out = tmp_path_factory.mktemp("study") / "results"
-    return out, subprocess.run(command(model_folder, out), capture_output=True, text=True)
+    "A finished study, what the command printed, and its pages: how far the study was, what was to come, the HTML."
+    out, pages, write = tmp_path_factory.mktemp("study") / "results", [], avss_nb.report.write_report
+
+    def write_and_keep(study):
+        page = write(study)
+        pages.append((study.stage, still_to_come(study), page.read_text(encoding="utf-8")))
+        return page
+
+    said = SimpleNamespace(stdout=io.StringIO(), stderr=io.StringIO())
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said.stdout), redirect_stderr(said.stderr):
+        patch.setattr(avss_nb.report, "write_report", write_and_keep)
+        code = main(["study", str(model_folder), "--out", str(out), *SMALL])
+    printed, logged = said.stdout.getvalue(), said.stderr.getvalue()
+    return out, SimpleNamespace(returncode=code, stdout=printed, stderr=logged, pages=pages)
 
 
 def tables(out):
@@ -283,18 +295,16 @@ def test_unfinished_study_is_named(tmp_path):
         load_study(tmp_path)
 
 
-def test_a_page_after_each_stage(model_folder, tmp_path):
+def test_a_page_after_each_stage(finished):
     "Each takes the place of the one before it, shows what is measured and says what is still to come."
-    wanted = Settings(str(model_folder), passages=4, questions=6, sentences=6, max_length=32)
-    pages = []
-    for study in measure_in_stages(wanted, tmp_path / "out"):
-        assert study.stage == len(pages) + 1 and bool(still_to_come(study)) == (study.stage < len(STAGES))
-        pages.append(write_report(study).read_text(encoding="utf-8"))
+    out, run = finished
+    stages, to_come, pages = zip(*run.pages)
+    assert stages == (1, 2, 3, 4) and [bool(words) for words in to_come] == [True, True, True, False]
     assert ["Still to come" in page for page in pages] == [True, True, True, False]
     sections = ("Which can be pruned", "Does a score correlate", "After pruning", "How certain is the choice")
     for n, page in enumerate(pages, 1):
         assert [section in page for section in sections] == [i < n for i in range(len(sections))]
-    assert not list((tmp_path / "out").rglob("*.part"))
+    assert not list(out.rglob("*.part"))
 
 
 def test_scores_alone_are_printed_and_written(model_folder, tmp_path, capsys):

@@ -16,6 +16,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from _run import chapters
 from conftest import NBS, ROOT, check_page
 
+pytestmark = pytest.mark.slow  # the site takes a minute to build
 PAGES = [re.sub(r"^\d+[a-z]?_", "", chapter.stem) + ".html" for chapter in chapters()]
 
 
