@@ -26,6 +26,8 @@ from .metrics import LayerStats
 from .models import blocks, explain_arguments
 from .pruning import measure_items
 from .runs import RunDirectory, cached_table
+
+# %% ../nbs/41_allocation.ipynb #d6174199
 from avss_nb.sparsity import (
     check_plan,
     densify_layer,

@@ -48,6 +48,8 @@ from .labeling import PromptTooLong, generate_answers, label_answers, label_coun
 from .metrics import LayerStats, avss, collect_stats, sparsity, variance
 from .models import atomic_write, blocks, content_key, explain_arguments, load_model, one_line, resolve_model
 from .options import Settings
+
+# %% ../nbs/50_report.ipynb #f29f0add
 from avss_nb.pruning import (
     chance_level,
     measure_items,

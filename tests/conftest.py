@@ -88,7 +88,7 @@ def check_page(browser, url: str) -> list[str]:
     return problems
 
 
-LONGEST = ("33_contrastive", "35_decoding", "23_importance", "50_report")
+LONGEST = ("23_importance", "35_decoding", "24_certainty", "25_healing", "34_ablations", "22_pruning", "33_contrastive")
 
 
 def pytest_collection_modifyitems(items):
