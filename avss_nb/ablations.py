@@ -11,15 +11,17 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
 
 # %% ../nbs/34_ablations.ipynb #d33edc47
 from avss_nb.contrastive import (
@@ -417,8 +419,10 @@ def _compared(of_set: pd.DataFrame, measure: str, against: str, level: float, n_
     return rows
 
 # %% ../nbs/34_ablations.ipynb #4e00a91e
-def _axes_for(n: int) -> list[plt.Axes]:
+def _axes_for(n: int) -> "list[plt.Axes]":
     "A row of n axes with one y axis."
+    import matplotlib.pyplot as plt
+
     size = (3 * n + 1.5, 3.2)
     return list(plt.subplots(1, n, figsize=size, sharey=True, layout="constrained", squeeze=False)[1][0])
 
@@ -433,9 +437,9 @@ def plot_variants(
     table: pd.DataFrame,  # from `compare_variants`
     panels: list[tuple[str, str]] | dict[tuple[str, str], str],  # (set, measure) of each panel; or with its title
     *,
-    axes: Iterable[plt.Axes] | None = None,  # one per panel; default: new ones
+    axes: "Iterable[plt.Axes] | None" = None,  # one per panel; default: new ones
     order: list[str] | None = None,  # of the variants, from the top; default: all that gain something, as in the table
-) -> list[plt.Axes]:
+) -> "list[plt.Axes]":
     "What each variant gains, with its interval; one panel per measure."
     axes = _axes_for(len(panels)) if axes is None else list(axes)
     order = _moved(table) if order is None else order

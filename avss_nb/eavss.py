@@ -13,9 +13,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -25,6 +24,9 @@ from scipy import stats as sps
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
 
 # %% ../nbs/31_eavss.ipynb #bcb3a776
 from .data import batch_rows
@@ -869,11 +871,13 @@ def flip_labels(
 def plot_hallucination(
     table: pd.DataFrame,  # from `hallucination_profile`
     *,
-    ax: plt.Axes | None = None,
+    ax: "plt.Axes | None" = None,
     alpha: float = 0.05,  # filled markers where q < alpha
     color: str = "C0",
-) -> plt.Axes:
+) -> "plt.Axes":
     "The value of every layer with its interval; filled where it is more than chance."
+    import matplotlib.pyplot as plt
+
     ax = plt.subplots(figsize=(6, 3))[1] if ax is None else ax
     found = table.q < alpha
     ax.axhline(0, color="gray", lw=0.8)

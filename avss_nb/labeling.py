@@ -30,7 +30,6 @@ import pandas as pd
 import torch
 from datasets import Dataset, Features, List, Value
 from scipy.stats import binomtest
-from sklearn.metrics import cohen_kappa_score
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -1227,6 +1226,8 @@ def _right_or_wrong(frame: pd.DataFrame, rules: list[str]) -> pd.DataFrame:
 
 def _kappa(a: pd.Series, b: pd.Series) -> float:
     "Cohen's κ; NaN where both give all answers the same label."
+    from sklearn.metrics import cohen_kappa_score
+
     return cohen_kappa_score(a, b) if len({*a, *b}) > 1 else np.nan
 
 

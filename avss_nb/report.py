@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'ANSWER_TABLES', 'TUNED', 'SPARSE', 'TABLES', 'SCORE_LABELS', 'METHODS', 'QUICK', 'FEWEST', 'POINTS',
-           'MARKERS', 'SECTION_STAGES', 'data_names', 'study_data', 'model_source', 'torch_dtype', 'model_config',
-           'memory_in_words', 'work_plan', 'plan_in_words', 'Study', 'layer_profile', 'measure_sensitivity',
-           'wrong_answers', 'healed_items', 'tuned_variants', 'sparse_plans', 'load_causal', 'measure_in_stages',
-           'measure', 'load_study', 'summary', 'in_words', 'still_to_come', 'plot_profile', 'plot_retention',
-           'plot_certainty', 'plot_sensitivity', 'plot_hallucination_profile', 'plot_tuned', 'plot_sparse',
-           'removal_table', 'write_report', 'run_study']
+           'MARKERS', 'SECTION_STAGES', 'data_names', 'study_texts', 'study_data', 'model_source', 'torch_dtype',
+           'model_config', 'memory_in_words', 'work_plan', 'plan_in_words', 'Study', 'layer_profile',
+           'measure_sensitivity', 'wrong_answers', 'healed_items', 'tuned_variants', 'sparse_plans', 'load_causal',
+           'measure_in_stages', 'measure', 'load_study', 'summary', 'in_words', 'still_to_come', 'plot_profile',
+           'plot_retention', 'plot_certainty', 'plot_sensitivity', 'plot_hallucination_profile', 'plot_tuned',
+           'plot_sparse', 'removal_table', 'write_report', 'run_study']
 
 # %% ../nbs/50_report.ipynb #2a23808e
 import importlib.resources
@@ -71,8 +71,14 @@ def data_names(settings: Settings) -> dict[str, str]:  # of `text`, `questions` 
     return dict(text="pydoc", questions="atlas", sentences="words")
 
 
-def _study_texts(settings: Settings, folder: Path | None, name: str) -> dict[str, list[str]]:
-    "Two draws of calibration text, the text to train on, and held-out text."
+def _study_folder(settings: Settings) -> Path | None:
+    "The folder of benchmark files; None for the embedded sets."
+    return data_folder(settings.data) if settings.data else None
+
+
+def study_texts(settings: Settings) -> dict[str, list[str]]:
+    "Two draws of calibration text, the text to train on, and held-out text; errors of the loaders."
+    folder, name = _study_folder(settings), data_names(settings)["text"]
     n, seed = settings.passages, settings.seed
     fit, test = ("valid", "test") if folder else ("train", "test")
     calibration = load_text(name, path=folder, split=fit, n=2 * n, seed=seed)
@@ -86,10 +92,9 @@ def _study_texts(settings: Settings, folder: Path | None, name: str) -> dict[str
 # %% ../nbs/50_report.ipynb #8f915699
 def study_data(settings: Settings) -> dict[str, Any]:
     "Calibration passages (two draws), held-out passages, questions and sentences; errors of the loaders."
-    folder = data_folder(settings.data) if settings.data else None
-    names, seed = data_names(settings), settings.seed
+    folder, names, seed = _study_folder(settings), data_names(settings), settings.seed
     ask = names["questions"]
-    texts = _study_texts(settings, folder, names["text"])
+    texts = study_texts(settings)
     train = load_questions(ask, path=folder, split="train")
     part = "dev" if folder else "test"
     return dict(

@@ -12,12 +12,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -25,6 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 from .models import explain_arguments, shared_copy
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # %% ../nbs/16_training.ipynb #ec7f8d70
 def pack_texts(
@@ -125,8 +127,10 @@ def _kept_trainable(*models: nn.Module) -> Iterator[None]:
             p.requires_grad_(needed)
 
 
-def _wrapped(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
+def _wrapped(model: PreTrainedModel, config: "LoraConfig") -> nn.Module:
     "A second model over the same weights, with adapters; peft's warnings of its own choices are not shown."
+    from peft import get_peft_model
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(shared_copy(model), config)
@@ -134,6 +138,8 @@ def _wrapped(model: PreTrainedModel, config: LoraConfig) -> nn.Module:
 # %% ../nbs/16_training.ipynb #4a14e409
 def _merged(student: nn.Module) -> PreTrainedModel:
     "The trained model without adapters: they are added to weights of its own, all others are shared."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for layer in student.modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
@@ -145,6 +151,8 @@ def _merged(student: nn.Module) -> PreTrainedModel:
 
 def _run_trainer(trainer: Trainer, student: nn.Module, arguments: TrainingArguments) -> None:
     "Train from the start, or resume from the newest complete checkpoint."
+    from peft import set_peft_model_state_dict
+
     trainer.pop_callback(PrinterCallback)
     last = last_checkpoint(Path(arguments.output_dir))
     if last and last.endswith(f"-{arguments.max_steps}"):  # finished: the Trainer would take one step more
@@ -155,7 +163,7 @@ def _run_trainer(trainer: Trainer, student: nn.Module, arguments: TrainingArgume
 # %% ../nbs/16_training.ipynb #0f5454a6
 def train_adapter(
     model: PreTrainedModel,  # stays as it was
-    config: LoraConfig,  # which layers get adapters, and their rank
+    config: "LoraConfig",  # which layers get adapters, and their rank
     make: Callable[..., Trainer],  # of the student and a function of (step, loss) that reports progress
     arguments: TrainingArguments,  # from `trainer_arguments`
     *,
