@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -580,9 +580,9 @@ def _framed(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool | None) -> 
     first = getattr(tokenizer, "bos_token_id", None)
     if bos and first is None:
         raise ValueError("the tokenizer has no first token (bos_token) to put in front")
-    if bos and first not in before:
+    if bos and first is not None and first not in before:
         before = [first, *before]
-    while first is not None and own[:2] == [first, first]:
+    while first not in (None, getattr(tokenizer, "eos_token_id", None)) and own[:2] == [first, first]:
         own = own[1:]
     return before, own[len(before) :] if before and own[: len(before)] == before else own, behind
 
@@ -772,7 +772,7 @@ def batches(
     if max_length < 1:
         raise ValueError(f"max_length is at least 1, not {max_length}")
     rows = _windows(texts, tokenizer, max_length, overflow, bos)
-    size = dict(batch_size=batch_size, max_tokens=max_tokens, sort=sort)
+    size: dict[str, Any] = dict(batch_size=batch_size, max_tokens=max_tokens, sort=sort)
     return batch_rows(rows, tokenizer, padding_side=padding_side, skip_first=skip_first, **size)
 
 # %% ../nbs/12_data.ipynb #8f8594fd
@@ -851,14 +851,13 @@ def as_batches(
 ) -> Iterable[dict]:  # batches, each with an `index`
     """Batches, given or made of a tokenizer and texts. ValueError for a tokenizer without texts, or what the model
     cannot take; TypeError for options where nothing is made."""
+    made: Any = tokenizer
     if texts is not None:
         made = batches(texts if isinstance(texts, str) else list(texts), tokenizer, **options)
     elif isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError("a tokenizer needs texts: give `texts`, or batches in place of the tokenizer")
     elif options:
         raise TypeError(f"{', '.join(options)}: these are options of `batches`, and batches are given already")
-    else:
-        made = tokenizer
     checked = _Checked(made, model)
     if isinstance(made, Batches):
         deque(checked, maxlen=0)  # refuse before any work
