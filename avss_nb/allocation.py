@@ -182,7 +182,7 @@ def greedy_plan(
     if not 0 < sparsity < 1 or not 0 < step <= sparsity:
         raise ValueError(f"sparsity lies in (0, 1) and step in (0, sparsity], not {sparsity} and {step}")
     n_steps = round(sparsity / step)
-    calls, path = _calls(model, as_batches(tokenizer, texts)), {}
+    calls, path = _calls(model, as_batches(tokenizer, texts, model=model)), {}
     for layer in tqdm(range(len(calls)) if layers is None else layers, desc="greedy plan", disable=not progress):
         block = blocks(model)[layer]
         search = _GreedyBlock(block, calls[layer], _block_histograms(block, stats, layer), sparsity / n_steps)
@@ -264,7 +264,7 @@ def sparse_variants(
     seed: int = 0,  # of the random zeros
 ) -> dict[str, Callable[[], dict]]:  # uniform, greedy, ActTail, random -> what makes the options of `sparsify`
     "The variants of one sparsity. Thresholds are calibrated on the sparse model, each when its variant is made."
-    batches = as_batches(tokenizer, texts)
+    batches = as_batches(tokenizer, texts, model=model)
 
     def calibrated(plan: pd.DataFrame) -> dict:
         return dict(plan=plan, stats=projection_stats(model, batches, plan=plan))

@@ -24,7 +24,7 @@ from .pruning import n_removed
 # %% ../nbs/24_certainty.ipynb #29f2d531
 def by_text(batches: Iterable[dict]) -> Iterator[tuple[int, dict]]:
     "Each text's rows of each batch, as a batch of its own."
-    for batch in batches:
+    for batch in as_batches(batches):
         for text in batch["index"].unique().tolist():
             part = {name: values[batch["index"] == text] for name, values in batch.items()}
             used = part["attention_mask"].any(0)
@@ -118,7 +118,7 @@ def score_texts(
     progress: bool = False,
 ) -> TextScores:
     "Measure every text by itself; ValueError for a method whose scores do not add up over texts, or for one text only."
-    methods, batches = _additive(methods), list(as_batches(tokenizer, texts))
+    methods, batches = _additive(methods), list(as_batches(tokenizer, texts, model=model))
     parts = list(by_text(batches))
     if len({text for text, _ in parts}) < 2:
         raise ValueError("how sure a score is takes at least two texts")

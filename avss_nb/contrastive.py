@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # %% ../nbs/33_contrastive.ipynb #a08fd8ab
-from .data import QUESTION, batch_rows, distractor_kinds
+from .data import QUESTION, batch_rows, check_tokens, distractor_kinds, encode_pair
 from .evaluation import is_causal
 from .hooks import block_input, hidden_state, model_inputs, read_activations
 from .models import blocks, explain_arguments, model_key
@@ -206,13 +206,12 @@ def _negatives(question: dict, most: int) -> tuple[list[str], dict[str, int]]:
 # %% ../nbs/33_contrastive.ipynb #aea31ae4
 def _answer_ids(tokenizer: PreTrainedTokenizerBase, question: dict, prompt: str, answer: str, end: str):
     "Token ids of the prompt and of the answer; ValueError for an answer without a token of its own."
-    start = len(tokenizer(prompt).input_ids)
-    ids = tokenizer(f"{prompt} {answer}{end}").input_ids
-    if not 0 < start < len(ids):
+    before, own = encode_pair(tokenizer, prompt, f" {answer}{end}")
+    if not before or not own:
         raise ValueError(
             f"the answer {answer!r} of question {question['id']!r} has no token of its own after its prompt"
         )
-    return ids[:start], ids[start:]
+    return before, own
 
 # %% ../nbs/33_contrastive.ipynb #aea31ae5
 def contrastive_rows(
@@ -689,15 +688,10 @@ def _check_model(model: nn.Module):
 
 
 def _check_window(model: Any, rows: list[dict]):
-    "ValueError for a question with an answer that is longer than the model takes."
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    "TextTooLong naming a question that with an answer is longer than the model takes."
     lengths = [len(row["prompt"]) + len(row["answer"]) for row in rows]
     longest = int(np.argmax(lengths))
-    if window and lengths[longest] > window:
-        number = rows[longest]["question"]
-        raise ValueError(
-            f"question {number} has {lengths[longest]} tokens with an answer, and the model takes {window}"
-        )
+    check_tokens(model, lengths[longest], f"question {rows[longest]['question']} with an answer")
 
 # %% ../nbs/33_contrastive.ipynb #106d7544
 def _check_rows(questions: Dataset, recipe: ContrastiveRecipe, counts: dict):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['QUESTION', 'SENTENCE', 'Entry', 'QUESTIONS', 'SENTENCES', 'TEXTS', 'Row', 'Places', 'Columns', 'Window', 'folded',
            'Registry', 'Reader', 'split_part', 'check_row', 'read_rows', 'data_folder', 'local_file', 'from_hub',
-           'load_questions', 'load_sentences', 'load_text', 'Batches', 'batch_rows', 'batches', 'as_batches',
-           'question_key', 'folded_answer', 'distractor_kinds', 'split_half']
+           'load_questions', 'load_sentences', 'load_text', 'encode_text', 'encode_pair', 'warn_without_bos', 'Batches',
+           'batch_rows', 'batches', 'TextTooLong', 'model_window', 'check_tokens', 'as_batches', 'question_key',
+           'folded_answer', 'distractor_kinds', 'split_half']
 
 # %% ../nbs/12_data.ipynb #c4ff8978
 import csv
@@ -15,16 +16,20 @@ import importlib.resources
 import json
 import os
 import unicodedata
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value, load_dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .hooks import counts_own_positions
 from .models import explain_arguments, one_line
 
 # %% ../nbs/12_data.ipynb #61bb76d3
@@ -551,10 +556,82 @@ def load_text(
     rows = _passages(_decoded(file)) if file else _named("texts", TEXTS, name, path, split)
     return _drawn(rows, n, seed, name + " has {} passages")
 
+# %% ../nbs/12_data.ipynb #649ddf92
+def _parts(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
+    "What a tokenizer puts before a text, the text's own tokens, and what it puts behind it."
+    quiet = dict(verbose=False) if isinstance(tokenizer, PreTrainedTokenizerBase) else {}
+    ids = list(tokenizer(text, **quiet).input_ids)
+    special = getattr(tokenizer, "all_special_ids", ())
+    if not any(i in special for i in (*ids[:1], *ids[-1:])):
+        return [], ids, []
+    own = list(tokenizer(text, add_special_tokens=False, **quiet).input_ids)
+    for start in range(len(ids) - len(own) + 1):
+        end = start + len(own)
+        if own and ids[start:end] == own:
+            return ids[:start], own, ids[end:]
+    start = int(ids[0] == tokenizer.bos_token_id)
+    end = len(ids) - (ids[-1] != own[-1]) if own else start
+    return ids[:start], ids[start:end], ids[end:]
+
+# %% ../nbs/12_data.ipynb #4fb5e8ff
+def _framed(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool | None) -> tuple[list[int], list[int], list[int]]:
+    "The same with one first token at most, also where the text brings its own, and with one where `bos` asks for it."
+    before, own, behind = _parts(tokenizer, text)
+    first = getattr(tokenizer, "bos_token_id", None)
+    if bos and first is None:
+        raise ValueError("the tokenizer has no first token (bos_token) to put in front")
+    if bos and first is not None and first not in before:
+        before = [first, *before]
+    while first not in (None, getattr(tokenizer, "eos_token_id", None)) and own[:2] == [first, first]:
+        own = own[1:]
+    return before, own[len(before) :] if before and own[: len(before)] == before else own, behind
+
+# %% ../nbs/12_data.ipynb #e1ab41a5
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    bos: bool | None = None,  # True: one first token in front, even where the tokenizer puts none
+) -> list[int]:
+    "Token ids of a text: at most one first token, no end token but the text's own. ValueError for a `bos` it lacks."
+    before, own, _ = _framed(tokenizer, text, bos)
+    return [*before, *own]
+
+# %% ../nbs/12_data.ipynb #f7157ce1
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    continuation: str,
+    *,
+    bos: bool | None = None,  # as in `encode_text`
+) -> tuple[list[int], list[int]]:  # token ids of the prompt, and of what follows it
+    """A prompt and its continuation as lm-eval splits them: white space at the prompt's end goes to the continuation,
+    whose tokens are those of both together after as many as the prompt has alone. Errors as in `encode_text`."""
+    start = prompt.rstrip()
+    first = encode_text(tokenizer, start, bos=bos)
+    return first, encode_text(tokenizer, start + prompt[len(start) :] + continuation, bos=bos)[len(first) :]
+
+# %% ../nbs/12_data.ipynb #2fe55ab9
+def warn_without_bos(
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],  # of a text
+    bos: bool | None = None,  # what the caller asked for: True or False is no oversight
+) -> None:
+    "Warn of a tokenizer with a first token of its own that it does not put in front."
+    first = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None or first is None or first == tokenizer.eos_token_id or first in ids[:1]:
+        return
+    if str(tokenizer.chat_template or "").count(tokenizer.bos_token) > 1:
+        return  # it marks turns
+    warnings.warn(
+        f"the tokenizer has a first token, {tokenizer.bos_token!r}, and puts it nowhere: "
+        "say bos=True if the model was trained with it, else bos=False"
+    )
+
 # %% ../nbs/12_data.ipynb #4f68b219
 Window = tuple[int, list[int]]  # (text index, token ids)
 
-
+# %% ../nbs/12_data.ipynb #3796f66c
 def _check_texts(texts: Sequence[str], overflow: str) -> None:
     "ValueError for what is no list of texts, or no way to treat long ones."
     if isinstance(texts, str):
@@ -564,17 +641,32 @@ def _check_texts(texts: Sequence[str], overflow: str) -> None:
     if overflow not in ("split", "truncate"):
         raise ValueError(f"overflow is 'split' or 'truncate', not {overflow!r}")
 
+# %% ../nbs/12_data.ipynb #50181067
+def _text_windows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, bos: bool | None) -> list[list[int]]:
+    "The windows of a text, none where it has no token of its own; ValueError for windows that hold no token of it."
+    before, own, behind = _framed(tokenizer, text, bos)
+    if tokenizer.eos_token_id != getattr(tokenizer, "sep_token_id", None):
+        behind = [i for i in behind if i != tokenizer.eos_token_id]
+    if not text.strip() or set(own) <= set(tokenizer.all_special_ids):
+        return []
+    if (room := max_length - len(before) - len(behind)) < 1:
+        around = len(before) + len(behind)
+        raise ValueError(f"max_length is at least {around + 1}, since {around} tokens are put around each window")
+    return [[*before, *own[start : start + room], *behind] for start in range(0, len(own), room)]
 
-def _windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, overflow: str) -> list[Window]:
+# %% ../nbs/12_data.ipynb #bbe08095
+def _windows(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, overflow: str, bos: bool | None
+) -> list[Window]:
     "The windows of all texts; ValueError naming the first text that has no token."
     _check_texts(texts, overflow)
-    cut = dict(truncation=True, max_length=max_length, return_overflowing_tokens=overflow == "split")
-    coded = tokenizer(list(texts), **cut, return_attention_mask=False)
-    owners = coded["overflow_to_sample_mapping"] if overflow == "split" else range(len(texts))
-    special, windows = set(tokenizer.all_special_ids), list(zip(owners, coded["input_ids"]))
-    for i, ids in windows:
-        if not texts[i].strip() or not ids or set(ids) <= special:
+    windows: list[Window] = []
+    for i, text in enumerate(texts):
+        parts = _text_windows(tokenizer, text, max_length, bos)
+        if not parts:
             raise ValueError(f"text {i} is empty: it has no token of its own")
+        windows += [(i, ids) for ids in (parts if overflow == "split" else parts[:1])]
+    warn_without_bos(tokenizer, windows[0][1], bos)
     return windows
 
 # %% ../nbs/12_data.ipynb #452530b5
@@ -664,7 +756,7 @@ def batch_rows(
 # %% ../nbs/12_data.ipynb #8562f2c2
 def batches(
     texts: Sequence[str],  # none of them empty
-    tokenizer: PreTrainedTokenizerBase,  # a fast one, with a pad token
+    tokenizer: PreTrainedTokenizerBase,  # with a pad token
     *,
     max_length: int = 256,  # tokens per window
     overflow: str = "split",  # long texts: "split" into windows, or "truncate" to the first
@@ -673,33 +765,104 @@ def batches(
     skip_first: bool = False,  # do not count the first position of a window (an attention sink)
     max_tokens: int | None = None,  # positions per batch, padding included; replaces `batch_size`
     sort: bool = True,  # windows of similar length together
+    bos: bool
+    | None = None,  # True: a first token in each window, even where the tokenizer puts none; False: no warning
 ) -> Batches:  # dicts of (B, T) `input_ids, attention_mask, token_mask` (bool), (B,) `index`
     "Batches of token ids with the mask of counted positions; ValueError names an empty text or a wrong option."
     if max_length < 1:
         raise ValueError(f"max_length is at least 1, not {max_length}")
-    rows = _windows(texts, tokenizer, max_length, overflow)
-    return batch_rows(
-        rows,
-        tokenizer,
-        batch_size=batch_size,
-        padding_side=padding_side,
-        skip_first=skip_first,
-        max_tokens=max_tokens,
-        sort=sort,
-    )
+    rows = _windows(texts, tokenizer, max_length, overflow, bos)
+    size: dict[str, Any] = dict(batch_size=batch_size, max_tokens=max_tokens, sort=sort)
+    return batch_rows(rows, tokenizer, padding_side=padding_side, skip_first=skip_first, **size)
+
+# %% ../nbs/12_data.ipynb #8f8594fd
+class TextTooLong(ValueError):
+    "A text has more tokens than the model's window holds."
+
+# %% ../nbs/12_data.ipynb #5480d9e2
+def model_window(model: nn.Module) -> int | None:
+    "How many tokens a model takes at once; None where its config names no limit."
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    window = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(window, int) or window < 1:
+        return None
+    return window - text_config.pad_token_id - 1 if counts_own_positions(model) else window
+
+# %% ../nbs/12_data.ipynb #3397792f
+def check_tokens(
+    model: nn.Module,
+    n_tokens: int,
+    what: str,  # the name of the text, for the error
+    *,
+    new: int = 0,  # tokens that are to come
+) -> None:
+    "TextTooLong naming a text that, with the tokens to come, does not fit the model's window."
+    window = model_window(model)
+    if window and n_tokens + new > window:
+        more = f" with {new} new ones" if new else ""
+        remedy = "shorten it, or ask for fewer" if new else "shorten it, or give a smaller max_length"
+        raise TextTooLong(f"{what} has {n_tokens} tokens:{more} it does not fit the model's {window}; {remedy}")
+
+# %% ../nbs/12_data.ipynb #723235b0
+def _check_batch(model: nn.Module, batch: dict) -> None:
+    "TextTooLong, or ValueError for a token that the model does not embed; both name the text."
+    lengths = batch["attention_mask"].sum(1)
+    longest = int(lengths.argmax())
+    check_tokens(model, int(lengths[longest]), f"text {int(batch['index'][longest])}")
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    outside = batch["input_ids"] >= getattr(embedding, "num_embeddings", torch.inf)
+    outside &= batch["attention_mask"].bool()
+    if outside.any():
+        row, token = outside.nonzero()[0, 0], batch["input_ids"][outside][0]
+        raise ValueError(f"text {int(batch['index'][row])} has the token {int(token)}, which the model does not embed")
+
+# %% ../nbs/12_data.ipynb #2b403918
+class _Checked:
+    "Batches that are checked as they are read, with an `index` where they have none."
+
+    def __init__(self, batches: Iterable[dict], model: nn.Module | None):
+        self.batches, self.model = batches, model
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[dict]:
+        n, has_index = 0, None
+        for batch in self.batches:
+            if has_index not in (None, "index" in batch):
+                raise ValueError("some batches have an `index` and others have none: give all of them one, or none")
+            has_index, rows = "index" in batch, len(batch["input_ids"])
+            numbered = batch if has_index else dict(batch, index=torch.arange(n, n + rows))
+            n += rows
+            if self.model is not None:
+                _check_batch(self.model, numbered)
+            yield numbered
 
 # %% ../nbs/12_data.ipynb #db1a592b
 def as_batches(
     tokenizer: PreTrainedTokenizerBase | Iterable[dict],  # or batches, where no texts are given
     texts: Iterable[str] | None = None,
-    **options,  # of `batches`
-) -> Iterable[dict]:  # batches
-    "Batches as they are, or a tokenizer and texts made into batches; ValueError for a tokenizer without texts."
+    *,
+    model: nn.Module | None = None,  # that is to read them
+    **options,  # of `batches`, where texts are given
+) -> Iterable[dict]:  # batches, each with an `index`
+    """Batches, given or made of a tokenizer and texts. ValueError for a tokenizer without texts, or what the model
+    cannot take; TypeError for options where nothing is made."""
+    made: Any = tokenizer
     if texts is not None:
-        return batches(texts if isinstance(texts, str) else list(texts), tokenizer, **options)
-    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        made = batches(texts if isinstance(texts, str) else list(texts), tokenizer, **options)
+    elif isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError("a tokenizer needs texts: give `texts`, or batches in place of the tokenizer")
-    return tokenizer
+    elif options:
+        raise TypeError(f"{', '.join(options)}: these are options of `batches`, and batches are given already")
+    checked = _Checked(made, model)
+    if isinstance(made, Batches):
+        deque(checked, maxlen=0)  # refuse before any work
+        return made
+    return list(checked) if isinstance(made, list | tuple) else checked
 
 # %% ../nbs/12_data.ipynb #b78d341b
 @cache

@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .data import batch_rows
+from .data import batch_rows, check_tokens
 from .eavss import answer_mask, label_names
 from .hooks import read_activations, run_blocks
 from .labeling import normalize_answer
@@ -391,7 +391,10 @@ def answer_states(
     if unknown := [kind for kind in kinds if kind not in ("last", "mean")]:
         raise ValueError(f"at is 'last' or 'mean', not {unknown[0]!r}")
     reader, lengths = _StateReader(kinds), torch.tensor([len(a) for a in table.answer_tokens])
-    for batch in batch_rows(_token_rows(table), tokenizer, batch_size=batch_size):
+    rows = _token_rows(table)
+    for i, tokens in rows:
+        check_tokens(model, len(tokens), f"answer {i} with its prompt")
+    for batch in batch_rows(rows, tokenizer, batch_size=batch_size):
         reader.start(batch, lengths)
         with read_activations(model, [point], reader.keep):
             run_blocks(model, batch)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% ../nbs/31_eavss.ipynb #bcb3a776
-from .data import batch_rows
+from .data import batch_rows, check_tokens
 from .hooks import POINTS, check_points, read_activations, run_blocks
 from avss_nb.metrics import (
     EXACT_EPS,
@@ -367,12 +367,8 @@ def _answer_rows(model: nn.Module, answers) -> tuple[list[str], list[tuple[int, 
     "Question ids, numbered rows of token ids, and answer lengths; ValueError names what cannot be read."
     ids, prompts, answered = _answer_columns(answers)
     rows = [(i, [*prompt, *tokens]) for i, (prompt, tokens) in enumerate(zip(prompts, answered))]
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    too_long = [i for i, tokens in rows if limit and len(tokens) > limit]
-    if too_long:
-        first = too_long[0]
-        size = f"{len(rows[first][1])} tokens with its prompt, and the model takes {limit}"
-        raise ValueError(f"answer {first} ({ids[first]!r}) has {size}: shorten the prompt")
+    for i, tokens in rows:
+        check_tokens(model, len(tokens), f"answer {i} ({ids[i]!r}) with its prompt")
     return ids, rows, list(map(len, answered))
 
 

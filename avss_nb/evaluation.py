@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from .data import as_batches, batch_rows
+from .data import as_batches, batch_rows, check_tokens, encode_pair, warn_without_bos
 from .hooks import counts_own_positions, input_device, model_inputs
 from .intervals import bootstrap_interval
 from .models import explain_arguments
@@ -52,6 +52,7 @@ def _token_losses(model: nn.Module, batch: dict, *, grad: bool = False) -> torch
     "(B, T−1) float32: −log p of tokens 1…T−1 in nats, 0 where not counted; ValueError as in `row_losses`."
     if not is_causal(model):
         raise ValueError(f"{type(model).__name__} is no causal language model, so it has no perplexity")
+    check_tokens(model, int(batch["attention_mask"].sum(1).max()), "a text")
     with torch.set_grad_enabled(grad):
         logits = model(**model_inputs(model, batch)).logits[:, :-1]
         target, counted = batch["input_ids"][:, 1:].to(logits.device), _predicted(batch).to(logits.device)
@@ -64,7 +65,7 @@ def row_losses(
     *,
     grad: bool = False,  # keep the graph, for gradients
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B,) float64 summed loss of each row in nats, (B,) predictions in it
-    "Language-model loss of each row of a batch; ValueError for a model that is not causal or has no head."
+    "Language-model loss of each row of a batch; ValueError for a model that is not causal, or a row that is too long."
     return _token_losses(model, batch, grad=grad).sum(1, dtype=torch.float64).cpu(), _predicted(batch).sum(1)
 
 # %% ../nbs/20_evaluation.ipynb #5c832013
@@ -93,7 +94,7 @@ def text_losses(
     """Loss of each text; FloatingPointError names the first text whose loss is not finite,
     ValueError one with nothing to predict."""
     rows = []
-    for batch in tqdm(as_batches(tokenizer, texts, **options), desc="perplexity", disable=not progress):
+    for batch in tqdm(as_batches(tokenizer, texts, model=model, **options), desc="perplexity", disable=not progress):
         nll, tokens = row_losses(model, batch)
         rows.append(pd.DataFrame(dict(text=batch["index"], nll=nll, tokens=tokens)))
     return sum_by_text(rows)
@@ -170,22 +171,39 @@ def _summed(logp: torch.Tensor, ids: list[int]) -> float:
 
 # %% ../nbs/20_evaluation.ipynb #72165f7c
 def _option_rows(
-    tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: list[list[str]]
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], options: list[list[str]], bos: bool | None
 ) -> tuple[pd.DataFrame, list[tuple[int, ...]]]:
     "One row per option, with its own tokens (`target`) and the number of its prompt (`prefix`); and all prompts."
     rows: list[dict] = []
     prefixes: dict[tuple[int, ...], int] = {}
     for item, (prompt, choice) in enumerate(zip(prompts, options, strict=True)):
-        start = len(tokenizer(prompt).input_ids)
         for number, option in enumerate(choice):
-            ids = tokenizer(prompt + option).input_ids
-            if not 0 < start < len(ids):
+            before, own = encode_pair(tokenizer, prompt, option, bos=bos)
+            if not before or not own or not option:
                 raise ValueError(
                     f"option {number} of question {item} has no token of its own after its prompt: {option!r}"
                 )
-            prefix = prefixes.setdefault(tuple(ids[:start]), len(prefixes))
-            rows.append(dict(item=item, option=number, tokens=len(ids) - start, prefix=prefix, target=ids[start:]))
+            prefix = prefixes.setdefault(tuple(before), len(prefixes))
+            rows.append(dict(item=item, option=number, tokens=len(own), prefix=prefix, target=own))
     return pd.DataFrame(rows), list(prefixes)
+
+# %% ../nbs/20_evaluation.ipynb #9a6e5df4
+def _check_options(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    table: pd.DataFrame,
+    prefixes: list[tuple[int, ...]],
+    bos: bool | None,
+) -> None:
+    "TextTooLong naming a question whose prompt and option do not fit the model; a warning where a first token lacks."
+    longest = 0
+    for row in table.itertuples():
+        length = len(prefixes[row.prefix]) + row.tokens
+        if length > longest:
+            longest = length
+            check_tokens(model, length, f"question {row.item} with its option {row.option}")
+    if prefixes:
+        warn_without_bos(tokenizer, prefixes[0], bos)
 
 # %% ../nbs/20_evaluation.ipynb #ed57778b
 def _batch_logprobs(
@@ -221,11 +239,13 @@ def option_logprobs(
     options: list[list[str]],  # of each question; with their leading space
     *,
     batch_size: int = 32,  # rows of a batch
+    bos: bool | None = None,  # as in `batches`
     progress: bool = False,
 ) -> pd.DataFrame:  # one row per option: `item, option, logprob` (nats, summed), `tokens`
-    """Log-probability of each option after its prompt; ValueError for an option without a token,
-    FloatingPointError naming an item that is not finite."""
-    table, prefixes = _option_rows(tokenizer, prompts, options)
+    """Log-probability of each option after its prompt, split as by `encode_pair`; ValueError for an option without a
+    token or one that is too long, FloatingPointError naming an item that is not finite."""
+    table, prefixes = _option_rows(tokenizer, prompts, options, bos)
+    _check_options(model, tokenizer, table, prefixes, bos)
     rows = [(number, list(prefix)) for number, prefix in enumerate(prefixes)]
     prompt_batches = batch_rows(rows, tokenizer, batch_size=batch_size, padding_side="left")
     table["logprob"] = 0.0
@@ -369,18 +389,20 @@ class _Probe(_MeanStates):
     def losses(
         self, model: nn.Module, batch: dict, grad: bool = False, labels: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B,) float64: cross-entropy of each row in nats, and (B,) ones, as `row_losses`. `labels`: of other texts
-        than the probe was fitted to; `grad`: with gradients."""
+        """(B,) float64: cross-entropy of each row in nats, and (B,) ones (both 0 for a row without a counted token), as
+        `row_losses`. `labels`: of other texts than the probe was fitted to; `grad`: with gradients."""
         known = self.labels if labels is None else torch.as_tensor(labels)
         target = known[batch["index"]]
         nll = F.cross_entropy(self._logits(model, batch, grad), target, reduction="none")
-        return nll.double(), torch.ones(len(target), dtype=torch.int64)
+        counted = batch["token_mask"].any(1).cpu()
+        return nll.double().where(counted, 0), counted.long()
 
     def predict(self, model: nn.Module, batches: Iterable[dict]) -> pd.Series:
-        "The class of each text; index: the text's number."
+        "The class of each row with a counted token; index: its text's number."
         rows = []
-        for batch in batches:
-            rows.append(pd.Series(self._logits(model, batch).argmax(1).numpy(), index=batch["index"].numpy()))
+        for batch in as_batches(batches, model=model):
+            found = pd.Series(self._logits(model, batch).argmax(1).numpy(), index=batch["index"].numpy())
+            rows.append(found[batch["token_mask"].any(1).numpy()])
         return pd.concat(rows).sort_index()
 
 # %% ../nbs/20_evaluation.ipynb #60eb3c36
@@ -390,11 +412,12 @@ class LinearProbe(_Probe):
     def __init__(self, model: nn.Module, batches: Iterable[dict], labels: Iterable[int]):  # a label for each text
         from sklearn.linear_model import LogisticRegression
 
-        self.labels, batches = torch.as_tensor(list(labels)), list(batches)
+        self.labels, batches = torch.as_tensor(list(labels)), list(as_batches(batches, model=model))
         if len(self.labels.unique()) < 2:
             raise ValueError("a probe needs texts of at least two classes")
-        states = torch.cat([self._states(model, batch) for batch in batches]).cpu()
-        wanted = self.labels[torch.cat([batch["index"] for batch in batches])]
+        counted = torch.cat([batch["token_mask"].any(1) for batch in batches]).cpu()
+        states = torch.cat([self._states(model, batch) for batch in batches]).cpu()[counted]
+        wanted = self.labels[torch.cat([batch["index"] for batch in batches])[counted]]
         fitted = LogisticRegression(max_iter=1000).fit(states, wanted)
         self.weight = torch.tensor(fitted.coef_, dtype=torch.float32)
         self.bias = torch.tensor(fitted.intercept_, dtype=torch.float32)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .data import check_tokens
 from .evaluation import token_nll
 from .models import explain_arguments, model_key
 from .runs import RunDirectory
@@ -169,6 +170,7 @@ def heal(
     options = dict(steps=steps, batch_size=batch_size, max_length=max_length, learning_rate=learning_rate, rank=rank)
     options |= dict(seed=seed, save_every=save_every)
     _check_options(model, teacher, options)
+    check_tokens(model, max_length, "a row")
     rows = pack_texts(texts, tokenizer or _own_tokenizer(model), max_length=max_length, batch_size=batch_size)
     return _healed(model, rows, teacher, options, out, on_step, progress)
 

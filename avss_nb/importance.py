@@ -191,7 +191,9 @@ def block_influence(
 ) -> pd.Series:  # per layer, 0 (the stream keeps its direction) to 2
     "Block Influence: 1 − mean cosine between a block's input and output over counted tokens (ShortGPT, eq. 1)."
     chosen = chosen_layers(model, layers)
-    return _influence(_layer_stats(model, as_batches(tokenizer, texts), chosen, points=(), progress=progress))
+    return _influence(
+        _layer_stats(model, as_batches(tokenizer, texts, model=model), chosen, points=(), progress=progress)
+    )
 
 # %% ../nbs/23_importance.ipynb #9b8b71eb
 @register_score("angular_distance")
@@ -206,20 +208,21 @@ register_score("influence_downstream", source="downstream")(_influence)
 # %% ../nbs/23_importance.ipynb #3260481e
 def _last_states(model: nn.Module, batches: Iterable[dict], progress: bool) -> torch.Tensor:
     "The stream at the last counted token of each text, before each block and after the last: (texts, M + 1, d)."
-    n, last = len(blocks(model)), torch.empty(0)
+    n, last, counted = len(blocks(model)), torch.empty(0), torch.empty(0)
     entered: list[list[torch.Tensor]] = [[] for _ in range(n + 1)]
 
     def take(layer: int, point: str, a: torch.Tensor):
         if point == "input" or layer == n - 1:
-            state = a.float().cpu().gather(1, last[:, None, None].expand(-1, 1, a.shape[-1]))
+            state = a.float().cpu().gather(1, last[:, None, None].expand(-1, 1, a.shape[-1]))[counted]
             entered[layer + (point == "output")].append(state)
 
     with read_activations(model, ["input", "output"], take):
         for batch in tqdm(batches, desc="angular distance", disable=not progress):
-            last = last_counted(batch["token_mask"])
+            mask = batch["token_mask"].cpu()
+            last, counted = last_counted(mask), mask.any(1)  # a window may hold no counted token
             run_blocks(model, batch)
-    if not entered[0]:
-        raise ValueError("there is no text: the batches are empty")
+    if not sum(map(len, entered[0])):
+        raise ValueError("there is no text: the batches are empty, or their token_mask is all false")
     return torch.cat([torch.cat(part) for part in entered], dim=1)
 
 # %% ../nbs/23_importance.ipynb #ad82ce1a
@@ -237,7 +240,7 @@ def angular_distance(
     m = len(blocks(model))
     if not 1 <= n <= m:
         raise ValueError(f"n must lie between 1 and the number of layers {m}, not {n}")
-    stream = _last_states(model, as_batches(tokenizer, texts), progress)
+    stream = _last_states(model, as_batches(tokenizer, texts, model=model), progress)
     cosine = F.cosine_similarity(stream[:, : m - n + 1], stream[:, n:], dim=-1).double()
     angle = cosine.clamp(-1, 1).arccos() / torch.pi
     return layer_series(angle.mean(0).numpy(), "angular_distance")
@@ -347,7 +350,7 @@ def taylor(
     chosen, model_blocks = chosen_layers(model, layers), blocks(model)
     weights = {layer: _weights(model_blocks[layer_of(layer)], layer) for layer in chosen}
     with _gradients_of(model, (w for some in weights.values() for w in some)):
-        n = _summed_gradients(model, as_batches(tokenizer, texts), loss, progress)
+        n = _summed_gradients(model, as_batches(tokenizer, texts, model=model), loss, progress)
         score = layer_series(np.array([_saliency(weights[layer]) for layer in chosen]) / n, "taylor", chosen)
     if len(bad := score.index[~np.isfinite(score)]):
         raise FloatingPointError(f"gradients of layer {bad[0]} are NaN or infinite: nothing was scored")
@@ -429,7 +432,7 @@ def removal_losses(
 ) -> pd.DataFrame:  # index `text`; columns `tokens`, `base_model` and each layer: summed loss in nats
     """Loss of each text with the base model and without each layer in turn, reusing what enters that layer;
     ValueError and FloatingPointError as in `text_losses`."""
-    chosen, batches = chosen_layers(model, layers), as_batches(tokenizer, texts)
+    chosen, batches = chosen_layers(model, layers), as_batches(tokenizer, texts, model=model)
     rows, bar = [], tqdm(batches, desc="leave one out", disable=not progress)
     for batch in bar:
         base_model = _Pass(model, batch, loss)
@@ -524,7 +527,8 @@ def sleb(
     """Greedy removal: each round takes the layer without which the pruned model's loss is least (SLEB, algorithm 1).
     Early stopping, by paired differences over the texts read so far, is ours. ValueError for no text, or an n that is
     out of range."""
-    chosen, cached = chosen_layers(model, layers), [(batch, None) for batch in as_batches(tokenizer, texts)]
+    chosen = chosen_layers(model, layers)
+    cached = [(batch, None) for batch in as_batches(tokenizer, texts, model=model)]
     if not cached:
         raise ValueError("there is no text: the batches are empty")
     if not 1 <= n < len(chosen):
@@ -638,7 +642,7 @@ def shapley(
     chosen, limit = chosen_layers(model, layers), _worst_loss(model, loss, worst)
     if n_pairs == 1:
         raise ValueError("a standard error needs at least two pairs of orders")
-    if not (start := [_Pass(model, batch, loss) for batch in as_batches(tokenizer, texts)]):
+    if not (start := [_Pass(model, batch, loss) for batch in as_batches(tokenizer, texts, model=model)]):
         raise ValueError("there is no text: the batches are empty")
     options = dict(n_pairs=n_pairs or 16, tolerance=tolerance, seed=seed, progress=progress)
     return _shapley_table(start, chosen, limit, exact=n_pairs is None and len(chosen) <= 12, **options)
@@ -695,7 +699,7 @@ def downstream_stats(
 ) -> LayerStats:  # one row per layer: point `relative_update`, and `stream` as in `collect_stats`
     """How far the stream is off, in units of its own RMS, at each of the blocks from that of a missing layer to `depth`
     blocks later (our reading). FloatingPointError names a layer that is not finite."""
-    chosen, batches = chosen_layers(model, layers), as_batches(tokenizer, texts)
+    chosen, batches = chosen_layers(model, layers), as_batches(tokenizer, texts, model=model)
     off = LayerSums(chosen, points=("relative_update",))
     for batch in tqdm(batches, desc="downstream", disable=not progress):
         off.mask, base_model = batch["token_mask"], {}
@@ -743,7 +747,7 @@ def layer_scores(
     ValueError for an unknown method."""
     names = [methods] if isinstance(methods, str) else list(methods)
     sources = {SCORES.find(name).source for name in names}
-    batches, chosen = list(as_batches(tokenizer, texts)), chosen_layers(model, layers)
+    batches, chosen = list(as_batches(tokenizer, texts, model=model)), chosen_layers(model, layers)
     given = {} if stats is None else dict(stats=stats)
     sums = given | _needed_sums(sources - given.keys(), model, batches, chosen, progress)
     table = {}

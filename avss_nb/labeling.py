@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'QUESTION_STYLES', 'ANSWER', 'LABELS', 'REFUSALS', 'LABEL_RULES', 'JUDGES', 'normalize_answer',
-           'exact_match', 'token_f1', 'rouge_l', 'build_prompts', 'PromptTooLong', 'generate_answers', 'LabelRule',
-           'register_rule', 'Judge', 'BatchJudge', 'JudgeMaker', 'register_judge', 'label_answers', 'nli_judge',
-           'similarity_judge', 'label_counts', 'rule_agreement', 'rule_disagreements', 'rule_quality']
+           'exact_match', 'token_f1', 'rouge_l', 'build_prompts', 'generate_answers', 'LabelRule', 'register_rule',
+           'Judge', 'BatchJudge', 'JudgeMaker', 'register_judge', 'label_answers', 'nli_judge', 'similarity_judge',
+           'label_counts', 'rule_agreement', 'rule_disagreements', 'rule_quality']
 
 # %% ../nbs/30_labeling.ipynb #4fa1386f
 import hashlib
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .data import QUESTION, Registry, batch_rows
+from .data import QUESTION, Registry, batch_rows, check_tokens, encode_text
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import counts_own_positions, input_device, model_inputs
 from .intervals import bootstrap_interval
@@ -144,19 +144,6 @@ def _table_rows(table, needed: Sequence[str]) -> list[dict]:
         raise ValueError(f"the table has no column {missing[0]!r}: it has {', '.join(rows[0])}")
     return rows
 
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool, wants_bos: bool) -> list[int]:
-    "Token ids of a prompt: one first token where one is wanted, no end token after it."
-    ids = list(tokenizer(text, add_special_tokens=not chat).input_ids)
-    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if not chat and ids[-1:] == [last] and not text.endswith(tokenizer.eos_token):
-        ids.pop()
-    if first is None:
-        return ids
-    while ids[:2] == [first, first]:
-        ids.pop(0)
-    return [first, *ids] if wants_bos and ids[:1] != [first] else ids
-
 # %% ../nbs/30_labeling.ipynb #2fdc19b3
 def _same_question(a: str, b: str) -> bool:
     "Whether two questions are one, capitals and outer white space aside."
@@ -193,12 +180,10 @@ def _template_fields(template: str) -> list[str]:
     return list(dict.fromkeys(fields))
 
 
-def _check_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[dict], style: str, bos: bool) -> None:
+def _check_prompts(tokenizer: PreTrainedTokenizerBase, rows: list[dict], style: str) -> None:
     "ValueError for a tokenizer without what the style needs, or an empty question."
     if style == "chat" and not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template: use style='completion' or 'few-shot'")
-    if bos and tokenizer.bos_token_id is None:
-        raise ValueError("the tokenizer has no first token (bos_token) to put in front")
     if blank := [row["id"] for row in rows if not row["question"].strip()]:
         raise ValueError(f"question {blank[0]!r} is empty")
 
@@ -232,11 +217,10 @@ def build_prompts(
     fields = _template_fields(template)
     drawn = _drawn_shots(shots, fields, style, seed)
     rows = _table_rows(questions, ("id", *fields))
-    _check_prompts(tokenizer, rows, style, bos)
+    _check_prompts(tokenizer, rows, style)
     texts = [(_examples(drawn, row, template, n_shots) if drawn else "") + template.format(**row) for row in rows]
     texts = [_in_chat(tokenizer, text, system) for text in texts] if style == "chat" else texts
-    wants_bos = bos or check_tokenizer(tokenizer)["adds_bos"]
-    return [(text, _encode(tokenizer, text, style == "chat", wants_bos)) for text in texts]
+    return [(text, encode_text(tokenizer, text, bos=bos)) for text in texts]
 
 # %% ../nbs/30_labeling.ipynb #951d24a3
 def _step_inputs(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, past: DynamicCache | None) -> dict:
@@ -458,10 +442,6 @@ class _Sampling:
         return _draws(self.seed, id, self.n_samples, self.max_new_tokens)
 
 # %% ../nbs/30_labeling.ipynb #5622fefc
-class PromptTooLong(ValueError):
-    "A prompt and the tokens after it are more than the model's window holds."
-
-
 def _check_settings(sampling: _Sampling) -> None:
     "ValueError for numbers that make no answer."
     n_samples, max_new_tokens = sampling.n_samples, sampling.max_new_tokens
@@ -472,14 +452,9 @@ def _check_settings(sampling: _Sampling) -> None:
 
 
 def _check_window(model: nn.Module, rows: list[dict], prompts: list[tuple], max_new_tokens: int) -> None:
-    "PromptTooLong naming the question whose prompt and answer do not fit the model."
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    "TextTooLong naming the question whose prompt and answer do not fit the model."
     longest, id = max((len(ids), row["id"]) for row, (_, ids) in zip(rows, prompts))
-    if window and longest + max_new_tokens > window:
-        raise PromptTooLong(
-            f"the prompt of question {id!r} has {longest} tokens: with {max_new_tokens} new ones it does not fit "
-            f"the model's {window}"
-        )
+    check_tokens(model, longest, f"the prompt of question {id!r}", new=max_new_tokens)
 
 # %% ../nbs/30_labeling.ipynb #8c9c90e6
 def _check_generation(model, tokenizer, rows, prompts, sampling: _Sampling) -> None:
@@ -500,11 +475,15 @@ def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int
 
 
 def _question_opener(style: str, template: str | None) -> tuple[str, ...]:
-    "Words that open the next question outside a chat (`Question:`), where the template has some."
+    """What opens the next question outside a chat, where the template has something: a label (`Question:`) anywhere,
+    other words, which an answer may hold as well, at the start of a line."""
     if style == "chat":
         return ()
-    opener = (template or _TEMPLATE).split("{question}")[0].rpartition("\n")[2].strip()
-    return (opener,) if opener else ()
+    before = (template or _TEMPLATE).split("{question}")[0].rpartition("\n")[2]
+    if not (opener := before.strip()):
+        return ()
+    is_label = opener.endswith(":") and any(c.isalpha() for c in opener)
+    return (opener if is_label else "\n" + before,)
 
 
 def _has_ended(tokenizer: PreTrainedTokenizerBase, ends: set[int], stop: tuple[str, ...], tokens: list[int]) -> bool:

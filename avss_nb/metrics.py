@@ -397,7 +397,7 @@ def collect_stats(
     sums = LayerSums(_chosen_blocks(model, layers), points=points, reduce=reduce)
     inside = [point for point in sums.points if point not in OF_STREAM]
     with read_activations(model, ("input", *inside, "output"), sums.take):
-        return sum_batches(model, as_batches(tokenizer, texts), sums, progress=progress)
+        return sum_batches(model, as_batches(tokenizer, texts, model=model), sums, progress=progress)
 
 # %% ../nbs/13_metrics.ipynb #cc23bebf
 def layer_series(
@@ -426,7 +426,6 @@ def variance(
     *,
     point: str = "relative_update",  # reading point
     reduce: str = "elements",  # reading of "the activations": see `REDUCTIONS`
-    **_,  # thresholds, which a variance does not need
 ) -> pd.Series:  # per layer, in squared activation units
     """σ² of each layer (AVSS, eq. for σ²(L_i); `samples` and `neurons` are the two code readings).
     ValueError for an unknown reduction."""

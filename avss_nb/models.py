@@ -231,6 +231,21 @@ def _give_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token is None:
         raise ValueError("the tokenizer has no pad, end or unknown token: set tokenizer.pad_token")
 
+# %% ../nbs/10_models.ipynb #83c13824
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    n_rows: int,  # tokens that the model embeds
+) -> None:
+    "A warning where a few tokens have no embedding (an image's, say, which no text holds), ValueError where many have."
+    size = len(tokenizer)
+    if size <= n_rows:
+        return
+    found = f"the tokenizer has {size} tokens but the model embeds {n_rows}"
+    if size - n_rows > max(1, 0.01 * n_rows):
+        raise ValueError(f"{found}: they do not belong together")
+    extra = sorted((id, token) for token, id in tokenizer.get_vocab().items() if id >= n_rows)
+    warnings.warn(f"{found}: a text with {extra[0][1]!r} cannot be read" if extra else f"{found}: some ids are unused")
+
 # %% ../nbs/10_models.ipynb #47cb8ed7
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase,  # gets a pad token when it has none
@@ -239,10 +254,8 @@ def check_tokenizer(
 ) -> dict:  # `pad`, `adds_bos`, `digits` ("single" or "grouped"), `vocabulary`
     "Facts about a tokenizer that change results; raises ValueError when it cannot serve this model."
     _give_pad_token(tokenizer)
-    if model is not None and len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {rows}: they do not belong together"
-        )
+    if model is not None:
+        _check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
     with_digit = [token for token in tokenizer.tokenize("1914") if any(c.isdigit() for c in token)]
     return dict(
         pad=tokenizer.pad_token,

@@ -38,13 +38,13 @@ from .allocation import greedy_plan, measure_plans, sparse_variants, weight_expo
 from .certainty import TextScores, converged_after, convergence, score_certainty, score_texts
 from .contrastive import contrastive_rows, own_wrong_answers
 from .cost import memory_plan
-from .data import Batches, batches, data_folder, load_questions, load_sentences, load_text
+from .data import Batches, TextTooLong, batches, data_folder, load_questions, load_sentences, load_text
 from .detection import detector_scores, eavss_detector, evaluate_detectors
 from .eavss import answer_stats, hallucination_profile, log_avss, plot_hallucination
 from .evaluation import is_causal
 from .healing import heal
 from .importance import layer_scores, loss_increase, rank_agreement, removal_losses, score_names
-from .labeling import PromptTooLong, generate_answers, label_answers, label_counts
+from .labeling import generate_answers, label_answers, label_counts
 from .metrics import LayerStats, avss, collect_stats, sparsity, variance
 from .models import atomic_write, blocks, content_key, explain_arguments, load_model, one_line, resolve_model
 from .options import Settings
@@ -439,7 +439,7 @@ def wrong_answers(
     ask = dict(style="few-shot", shots=data["examples"], seed=seed)
     try:
         answers = label_answers(generate_answers(model, tokenizer, data["questions"], **ask), rule="alias")
-    except PromptTooLong:
+    except TextTooLong:
         return found
     found["answers"] = label_counts(answers)
     labelled, labels, enough = _judged(answers)

@@ -384,7 +384,7 @@ def distributed_layer_scores(
     **options,  # of `map_between_processes`
 ) -> pd.DataFrame:  # one row per layer, one column per method
     "`layer_scores`, made by all processes together; ValueError for a method that needs all texts at once."
-    batches = list(as_batches(tokenizer, texts))
+    batches = list(as_batches(tokenizer, texts, model=model))
     methods = [methods] if isinstance(methods, str) else list(methods)
     known = {*score_names("stats", "downstream"), "magnitude", "position", "random", "leave_one_out"}
     if wrong := [method for method in methods if method not in known]:

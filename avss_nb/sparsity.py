@@ -137,7 +137,7 @@ def projection_stats(
     layer whose input is not finite."""
     counts = _PlannedCounts(model, plan)
     with _input_hooks(model, counts.hook):
-        for batch in tqdm(as_batches(tokenizer, texts), desc="reading inputs", disable=not progress):
+        for batch in tqdm(as_batches(tokenizer, texts, model=model), desc="reading inputs", disable=not progress):
             counts.begin(batch["token_mask"])
             run_blocks(model, batch)
     return counts.stats()
@@ -401,7 +401,7 @@ def realised_sparsity(
     with _input_hooks(model, counts.hook):
         if not counts.found:
             raise ValueError("no projection is sparse: call inside `sparsify`, or with a model of `make_sparse`")
-        for batch in as_batches(tokenizer, texts):
+        for batch in as_batches(tokenizer, texts, model=model):
             counts.mask = batch["token_mask"]
             run_blocks(model, batch)
     return counts.table()

@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
+from .data import encode_text
 from .models import explain_arguments, shared_copy
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def pack_texts(
     if not (texts := list(texts)):
         raise ValueError("there is no text to train on: `texts` is empty")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [i for row in tokenizer(texts).input_ids for i in (*row, *end)]
+    ids = [i for text in texts for i in (*encode_text(tokenizer, text), *end)]
     if (n := len(ids) // max_length) < batch_size:
         raise ValueError(
             f"the training text is too short: its {len(ids)} tokens make {n} rows of {max_length}, "
