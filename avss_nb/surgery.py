@@ -8,7 +8,6 @@ __all__ = ['PassThrough', 'layer_of', 'check_layers', 'replaced_blocks', 'skip_l
 
 # %% ../nbs/21_surgery.ipynb #a0778769
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -17,12 +16,14 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from .hooks import block_input, hidden_state, sublayer
-from .models import blocks, explain_arguments, shared_copy
+from .hooks import block_input, hidden_state, sublayer, without_hooks
+from .models import blocks, check_merged, explain_arguments, shared_copy, uncompiled, unwrap
 
 # %% ../nbs/21_surgery.ipynb #fb4d9ec1
 class _StandIn(nn.Module):
     "A module in the place of a block: it has the block's attributes, and not its parameters."
+
+    stands_in = True
 
     def __init__(self, block: nn.Module, hidden: torch.Tensor | None = None, rest: tuple | None = None):
         super().__init__()
@@ -47,19 +48,6 @@ def _no_cache(value):
     return None if isinstance(value, Cache) else value
 
 # %% ../nbs/21_surgery.ipynb #00e411e8
-@contextmanager
-def _without_hooks(block: nn.Module) -> Iterator[None]:
-    "Take the forward hooks off a block and its parts, and put them back."
-    hooks = [(m, m._forward_hooks, m._forward_pre_hooks) for m in block.modules()]
-    for module, *_ in hooks:
-        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for module, after, before in hooks:
-            module._forward_hooks, module._forward_pre_hooks = after, before
-
-
 def _has_position_bias(block: nn.Module) -> bool:
     "Whether this is T5's first block, which makes the position bias of all."
     return any(getattr(part, "has_relative_attention_bias", False) for part in block.modules())
@@ -75,7 +63,7 @@ class _SameForm(_StandIn):
         named = {name: _no_cache(value) for name, value in kwargs.items()}
         if "use_cache" in named:
             named["use_cache"] = False
-        with torch.no_grad(), torch.random.fork_rng(), _without_hooks(self.block):
+        with torch.no_grad(), torch.random.fork_rng(), without_hooks(self.block):
             return self.block(*map(_no_cache, args), **named)
 
     def _returned_with(self, args: tuple, kwargs: dict) -> tuple | None:
@@ -178,7 +166,8 @@ def replaced_blocks(
     try:
         for i, module in replacement.items():
             layers[i] = module
-        yield model
+        with uncompiled():
+            yield model
     finally:
         for i, module in own.items():
             layers[i] = module
@@ -197,7 +186,8 @@ def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
     try:
         for part in parts:
             handles.append(part.register_forward_hook(_zeros, prepend=True))
-        yield
+        with uncompiled():
+            yield
     finally:
         for handle in handles:
             handle.remove()
