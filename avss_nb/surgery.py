@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from .hooks import block_input, hidden_state, sublayer, without_hooks
-from .models import blocks, check_merged, explain_arguments, shared_copy, uncompiled, unwrap
+from .hooks import block_input, hidden_state, input_device, model_inputs, sublayer, without_hooks
+from .models import blocks, check_merged, explain_arguments, measuring, one_line, shared_copy, uncompiled, unwrap
 
 # %% ../nbs/21_surgery.ipynb #fb4d9ec1
 class _StandIn(nn.Module):
@@ -229,14 +230,34 @@ def _shorten_experts(config, kept: list[int]) -> None:
     if hasattr(config, "first_k_dense_replace"):
         config.first_k_dense_replace = sum(i < config.first_k_dense_replace for i in kept)
 
+# %% ../nbs/21_surgery.ipynb #37942026
+_PER_LAYER = ("block_types", "indexer_types", "sliding_windows", "intermediate_size", "activation_sparsity_pattern")
+_HOLD_NUMBERS = ("moe_layers", "cross_attention_layers", "rope_scaling_layers")
+
+
+def _holds_numbers(name: str, value: list) -> bool:
+    "Whether a list of a config holds numbers of layers."
+    named = name.endswith(("layer_ids", "layer_idx", "layer_indices", "_idxs")) or name in _HOLD_NUMBERS
+    return named and all(type(one) is int for one in value)
+
 
 def _shorten(config, kept: list[int], n_layers: int) -> None:
-    "Shorten every list of the config that has one entry per layer, and every count of layers."
+    "Shorten every list of the config that has one entry per layer, renumber layers, and set the number of layers."
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == n_layers and name != "mlp_only_layers":
+        if not isinstance(value, list) or name == "mlp_only_layers":
+            continue
+        if _holds_numbers(name, value):
+            setattr(config, name, [new for new, old in enumerate(kept) if old in value])
+        elif len(value) == n_layers and ("layer" in name or name in _PER_LAYER):
             setattr(config, name, [value[i] for i in kept])
     _shorten_experts(config, kept)
     config.num_hidden_layers = len(kept)
+
+
+def _shorten_plan(config, kept: list[int]) -> None:
+    "Of a sparse model, keep the part of its plan that is about the layers that stay."
+    if isinstance(plan := getattr(config, "activation_sparsity", None), dict):
+        config.activation_sparsity = plan | dict(layers=[plan["layers"][i] for i in kept])
 
 # %% ../nbs/21_surgery.ipynb #1af46dfd
 def _differs(small: nn.Module, what: str) -> ValueError:
@@ -258,20 +279,27 @@ _NUMBERS = ("layer_idx", "layer_id", "layer_index", "block_idx", "n_layers", "nu
 _STATE = ("training", "gradient_checkpointing")
 
 
-def _take_numbers(small: nn.Module, stock: nn.Module) -> None:
-    "Number the blocks as the library would; ValueError naming another setting that it would make otherwise."
-    library = dict(stock.named_modules())
-    for name, module in small.named_modules():
-        if name not in library:
-            raise _differs(small, name)
-        for key, value in vars(library[name]).items():
-            own = getattr(module, key, None)
-            if key in _NUMBERS:
-                setattr(module, key, value)
-            elif key.startswith("_") or key in _STATE or not isinstance(value, int | float | str | tuple | None):
+def _other_settings(model: nn.Module, stock: nn.Module) -> dict[tuple[str, str], object]:
+    "By the path of a part and its name: each setting that the library would make otherwise, with the model's value."
+    library, found = dict(stock.named_modules()), {}
+    for path, module in model.named_modules():
+        for name, value in vars(library[path]).items() if path in library else ():
+            if name.startswith("_") or name in (*_STATE, *_NUMBERS):
                 continue
-            elif own != value:
-                raise _differs(small, f"{name}.{key} = {own}")
+            if isinstance(value, int | float | str | tuple | None) and getattr(module, name, None) != value:
+                found[path, name] = getattr(module, name, None)
+    return found
+
+
+def _take_numbers(small: nn.Module, stock: nn.Module) -> None:
+    "Number the blocks as the library would; ValueError naming a part that it would not have."
+    library = dict(stock.named_modules())
+    for path, module in small.named_modules():
+        if path not in library:
+            raise _differs(small, path)
+        for name, value in vars(library[path]).items():
+            if name in _NUMBERS:
+                setattr(module, name, value)
 
 # %% ../nbs/21_surgery.ipynb #f2ee5c1b
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -279,12 +307,27 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _agree_with_config(small: PreTrainedModel, path: str, first: nn.Module) -> None:
-    "Make the model what the library builds from its config; ValueError where that would be another model."
+def _stock(model: PreTrainedModel) -> PreTrainedModel:
+    "What the library builds from a model's config, without weights."
     with torch.device("meta"):
-        stock = type(small)(deepcopy(small.config))
+        return type(model)(deepcopy(model.config))
+
+
+def _agree_with_config(
+    small: PreTrainedModel, model: PreTrainedModel, path: str, kept: list[int], first: nn.Module
+) -> None:
+    "Make the model what the library builds from its config; ValueError where that would be another model."
+    stock = _stock(small)
     _hand_on_position_bias(small, stock, path, first)
     _take_numbers(small, stock)
+    if other := _other_settings(small, stock):
+        before = _other_settings(model, _stock(model))
+        new_place = {f"{path}.{old}.": f"{path}.{new}." for new, old in enumerate(kept)}
+        for (part, name), value in before.items():
+            old = next((place for place in new_place if part.startswith(place)), "")
+            other.pop((part.replace(old, new_place.get(old, ""), 1), name), None)
+    for (part, name), value in other.items():
+        raise _differs(small, f"{part}.{name} = {value}")
     if _shapes(small) != _shapes(stock):
         raise _differs(small, "all of its weights")
 
@@ -298,7 +341,12 @@ def _zero_sublayer(block: nn.Module, unit: str) -> None:
     for module in zeroed.modules():
         if isinstance(module, nn.Embedding):
             continue
-        for name, p in module.named_parameters(recurse=False):
+        weights = dict(module.named_parameters(recurse=False))
+        if any(p.is_meta for p in weights.values()):  # offloaded: accelerate would bring the old weights in
+            place = input_device(module)
+            remove_hook_from_module(module)
+            weights = {name: torch.zeros_like(p, device=place) for name, p in weights.items()}
+        for name, p in weights.items():
             setattr(module, name, nn.Parameter(torch.zeros_like(p), p.requires_grad))
 
 
@@ -313,27 +361,61 @@ def _check_prunable(model: PreTrainedModel) -> None:
             "it has an encoder and a decoder, or divides by the layer's number"
         )
 
+# %% ../nbs/21_surgery.ipynb #8753d170
+def _says(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    "Logits or hidden states (1, T, width) of these tokens, float32; no hook of the caller's sees the run."
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with measuring(model), torch.no_grad(), torch.random.fork_rng():
+        return hidden_state(model(**model_inputs(model, batch), return_dict=False)).float()
+
+
+def _check_says(small: nn.Module, model: nn.Module, units: list[int | str]) -> None:
+    "ValueError where the model without layers says other things than the one that skips them."
+    ids = torch.arange(3, 9)[None] % small.config.get_text_config().vocab_size
+    try:
+        with without_hooks(model), skip_layers(model, units):
+            wanted = _says(model, ids)
+    except Exception:  # it needs more than tokens
+        return
+    try:
+        found = _says(small, ids)
+    except Exception as error:
+        raise _differs(small, f"a model that runs: {one_line(error)}") from None
+    if (found - wanted).abs().max() > 1e-2 * wanted.std():
+        raise _differs(small, "what the model says that skips them")
+
 # %% ../nbs/21_surgery.ipynb #2d927f7a
-def prune_layers(
-    model: PreTrainedModel,
-    layers: Iterable[int | str],  # as in `skip_layers`
-) -> PreTrainedModel:  # of the same class; shares the remaining weights with `model`, which is as it was
-    """A model without these blocks, and with zeros in the place of these sublayers, that the library saves and reloads;
-    ValueError as in `skip_layers`, and for a family whose config cannot describe the shorter model."""
-    n_layers = len(blocks(model))
-    units = check_layers(layers, n_layers)
-    _check_prunable(model)
-    path = next(name for name, module in model.named_modules() if module is blocks(model))
+def _cut(model: PreTrainedModel, path: str, units: list[int | str], kept: list[int]) -> PreTrainedModel:
+    "A copy over the same numbers without these blocks, and with zeros for these sublayers; its config says so."
     small = shared_copy(model)
     own = blocks(small)
     for unit in units:
         if isinstance(unit, str):
             _zero_sublayer(own[layer_of(unit)], unit)
-    kept = [i for i in range(n_layers) if i not in units]
     small.set_submodule(path, nn.ModuleList(own[i] for i in kept))
-    _shorten(small.config.get_text_config(), kept, n_layers)
-    _agree_with_config(small, path, own[0])
+    _shorten_plan(small.config, kept)
+    _shorten(small.config.get_text_config(), kept, len(own))
+    _agree_with_config(small, model, path, kept, own[0])
     return small
+
+
+def prune_layers(
+    model: PreTrainedModel,  # also compiled, or in DataParallel
+    layers: Iterable[int | str],  # as in `skip_layers`
+    *,
+    share: bool = False,  # no copy: the numbers are those of `model`, and training would change both
+) -> PreTrainedModel:  # of the same class, with weights of its own; `model` is as it was
+    """A model without these blocks, and with zeros in the place of these sublayers, that the library saves and reloads;
+    ValueError as in `skip_layers`, for adapters, and for a family whose config cannot describe the shorter model."""
+    check_merged(model, "prune_layers")
+    model, stack = unwrap(model), blocks(model)
+    units = check_layers(layers, len(stack))
+    _check_prunable(model)
+    path = next(name for name, module in model.named_modules() if module is stack)
+    kept = [i for i in range(len(stack)) if i not in units]
+    small = _cut(model, path, units, kept)
+    _check_says(small, model, units)
+    return small if share else shared_copy(small, own=True)
 
 # %% ../nbs/21_surgery.ipynb #d7f9e900
 def resume_at(
