@@ -71,7 +71,7 @@ ATTENTION_PATHS = (
     *("self_attn", "attn", "attention", "self_attention", "layer.0.SelfAttention"),
 )
 MLP_PATHS = (
-    *("mlp.dense_4h_to_h", "ffn.lin2", "fc2", "output.dense", "mlp", "feed_forward", "ffn"),
+    *("mlp.dense_4h_to_h", "ffn.lin2", "ffn.down_proj", "fc2", "output.dense", "mlp", "feed_forward", "ffn"),
     *("layer.1.DenseReluDense", "layer.2.DenseReluDense"),
 )
 
@@ -112,6 +112,8 @@ def sublayers(block: nn.Module) -> dict[str, nn.Module]:
     found = dict(attention=attention, mlp=mlp, down=_down_projection(mlp))
     if hasattr(block, "post_feedforward_layernorm"):  # Gemma-2/3, OLMo-2: a norm between the sublayer and the sum
         found.update(attention=block.post_attention_layernorm, mlp=block.post_feedforward_layernorm)
+    if hasattr(block, "post_mlp_layernorm"):  # GLM-4
+        found.update(attention=block.post_self_attn_layernorm, mlp=block.post_mlp_layernorm)
     return {name: module for name, module in found.items() if module is not None}
 
 
@@ -120,7 +122,13 @@ def sublayer(
     name: str,  # a key of `sublayers`
     layer: int,  # the block's number, for the error
 ) -> nn.Module:
-    "One of `sublayers` by its name; ValueError, naming the block's class and its parts, when this one cannot be told."
+    """One of `sublayers` by its name; ValueError, naming the block's class and its parts, when this one cannot be told,
+    or when the block scales what its sublayers give."""
+    if (factor := getattr(block, "residual_multiplier", 1)) != 1:
+        raise ValueError(
+            f"{type(block).__name__} (layer {layer}) adds {factor} times what its sublayers give, so {name!r} is no "
+            "summand of the stream: read or remove whole blocks"
+        )
     if (part := sublayers(block).get(name)) is None:
         raise ValueError(
             f"no {name!r} found in {type(block).__name__} (layer {layer}): "
