@@ -35,7 +35,7 @@ def is_causal(model: nn.Module) -> bool:
     model = unwrap(model)
     return getattr(model, "can_generate", bool)() and not reads_ahead(model)
 
-
+# %% ../nbs/20_evaluation.ipynb #b0b20ee2
 def check_causal(
     model: nn.Module,
     *,

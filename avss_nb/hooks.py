@@ -30,7 +30,7 @@ def hidden_state(
     "The hidden state in what a module returned."
     return result if isinstance(result, torch.Tensor) else result[0]
 
-
+# %% ../nbs/11_hooks.ipynb #4279a45d
 def check_stream(
     x: torch.Tensor,  # what enters a block
     block: nn.Module,
@@ -116,7 +116,7 @@ def sublayers(block: nn.Module) -> dict[str, nn.Module]:
         found.update(attention=block.post_self_attn_layernorm, mlp=block.post_mlp_layernorm)
     return {name: module for name, module in found.items() if module is not None}
 
-
+# %% ../nbs/11_hooks.ipynb #423fcc57
 def sublayer(
     block: nn.Module,
     name: str,  # a key of `sublayers`
@@ -428,7 +428,7 @@ def run_blocks(
     model: nn.Module,  # a transformers model, with or without a head, also in a wrapper
     batch: dict,  # from `avss_nb.data.batches`
 ):  # what the model without its head returns
-    """One forward pass through the blocks, in eval mode, without the output head, without gradients and without a cache.
+    """One forward pass through the blocks, in eval mode, without the output head, gradients or a cache.
     ValueError as in `model_inputs`."""
     model = unwrap(model)
     body = getattr(model, "base_model", model)

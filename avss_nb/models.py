@@ -334,7 +334,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
             return getattr(model, _HOLDERS[kind.__name__])
     return None
 
-
+# %% ../nbs/10_models.ipynb #a57e8bf6
 def _check_adapter(model: nn.Module) -> None:
     "ValueError for an adapter of peft that is at work in the wrapper alone: a learned prompt, XLoRA, aLoRA."
     for config in getattr(model, "peft_config", {}).values():
@@ -424,14 +424,14 @@ def _check_places(model: nn.Module, stack: nn.ModuleList) -> None:
                 "they cannot be told apart; give each a block of its own, with `copy.deepcopy`"
             )
 
-
+# %% ../nbs/10_models.ipynb #086413e2
 def blocks(
     model: nn.Module,  # any model built of a stack of layers, also in a wrapper
     *,
     path: str | None = None,  # of the stack itself ("encoder.block"), for a model with two of them
 ) -> nn.ModuleList:  # M blocks, index 0 nearest the input
-    """The stack of layers of a model; raises ValueError, naming what was found, when there is none or `path` is not one,
-    and for a block that stands at two places."""
+    """The stack of layers of a model; raises ValueError, naming what was found, when there is none or `path` is not
+    one, and for a block that stands at two places."""
     model = unwrap(model)
     lists = _block_lists(model)
     if path is not None and path not in lists:

@@ -246,8 +246,8 @@ def _random_mask(x: torch.Tensor, sparsity: float, seed: int) -> torch.Tensor:
 
 # %% ../nbs/40_sparsity.ipynb #2fb5b8e5
 class SparseLinear(nn.Module):
-    """Mixed in before the class of a linear layer, and marks it as sparse: a hook in front of it sets small inputs to zero.
-    `value` is t, k or a fraction."""
+    """Mixed in before the class of a linear layer, and marks it as sparse: a hook in front of it sets
+    small inputs to zero. `value` is t, k or a fraction."""
 
     rule: str  # of `SPARSITY_RULES`
     value: float  # threshold t, number k that is kept, or fraction at random

@@ -43,7 +43,7 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
-
+# %% ../nbs/21_surgery.ipynb #97c3101b
 def _no_cache(value):
     "An argument of a block, None in the place of a cache."
     return None if isinstance(value, Cache) else value
@@ -240,7 +240,7 @@ def _holds_numbers(name: str, value: list) -> bool:
     named = name.endswith(("layer_ids", "layer_idx", "layer_indices", "_idxs")) or name in _HOLD_NUMBERS
     return named and all(type(one) is int for one in value)
 
-
+# %% ../nbs/21_surgery.ipynb #e14bda43
 def _shorten(config, kept: list[int], n_layers: int) -> None:
     "Shorten every list of the config that has one entry per layer, renumber layers, and set the number of layers."
     for name, value in config.to_dict().items():
@@ -327,7 +327,7 @@ def _zero_sublayer(block: nn.Module, unit: str) -> None:
         for name, p in weights.items():
             setattr(module, name, nn.Parameter(torch.zeros_like(p), p.requires_grad))
 
-
+# %% ../nbs/21_surgery.ipynb #4556f713
 def _check_prunable(model: PreTrainedModel) -> None:
     "ValueError where layers are skipped at present, or where no config can describe the shorter model."
     if any(isinstance(block, PassThrough) for block in blocks(model)):
@@ -377,7 +377,7 @@ def _cut(model: PreTrainedModel, path: str, units: list[int | str], kept: list[i
     _agree_with_config(small, path, own[0])
     return small
 
-
+# %% ../nbs/21_surgery.ipynb #79461cf2
 def prune_layers(
     model: PreTrainedModel,  # also compiled, or in DataParallel
     layers: Iterable[int | str],  # as in `skip_layers`

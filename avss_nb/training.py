@@ -119,7 +119,8 @@ def check_trainable(model: nn.Module) -> None:
     check_merged(model, "training")
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
-            f"training needs weights that are in memory, and some of this {type(unwrap(model)).__name__} are offloaded: "
+            f"training needs weights that are in memory, and some of this {type(unwrap(model)).__name__} "
+            "are offloaded: "
             "load it without `offload_folder` and with a `device_map` that holds it"
         )
 
