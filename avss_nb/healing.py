@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import check_tokens
 from .evaluation import token_nll
-from .models import explain_arguments, model_key
+from .models import explain_arguments, measuring, model_key, unwrap
 from .runs import RunDirectory
-from .training import pack_texts, seeded_rng, train_adapter, trainer_arguments
+from .training import check_trainable, pack_texts, seeded_rng, train_adapter, trainer_arguments
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -55,7 +55,7 @@ def healing_loss(
     logits = model(input_ids=input_ids, use_cache=False).logits
     if teacher is None:
         return token_nll(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()).mean()
-    with torch.no_grad():
+    with torch.no_grad(), measuring(teacher):
         wanted = teacher(input_ids=input_ids, use_cache=False).logits
     return _Divergence.apply(logits.flatten(0, 1), wanted.flatten(0, 1))
 
@@ -98,7 +98,6 @@ def _train(
         arguments,
         on_step=on_step,
         progress="healing" if progress else None,
-        others=[] if teacher is None else [teacher],
     )
 
 # %% ../nbs/25_healing.ipynb #79d67352
@@ -169,6 +168,8 @@ def heal(
     too little text, a teacher of another vocabulary, another run's folder; FloatingPointError: loss not finite."""
     options = dict(steps=steps, batch_size=batch_size, max_length=max_length, learning_rate=learning_rate, rank=rank)
     options |= dict(seed=seed, save_every=save_every)
+    check_trainable(model)
+    model, teacher = unwrap(model), teacher if teacher is None else unwrap(teacher)
     _check_options(model, teacher, options)
     check_tokens(model, max_length, "a row")
     rows = pack_texts(texts, tokenizer or _own_tokenizer(model), max_length=max_length, batch_size=batch_size)

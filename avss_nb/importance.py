@@ -38,7 +38,7 @@ from avss_nb.metrics import (
     sum_batches,
     variance,
 )
-from .models import blocks, explain_arguments
+from .models import blocks, explain_arguments, measuring, unwrap
 from .surgery import check_layers, layer_of, resume_at, skip_layers
 
 # %% ../nbs/23_importance.ipynb #130dc713
@@ -318,8 +318,9 @@ def _summed_gradients(model: nn.Module, batches: Iterable[dict], loss: Callable,
     "Gather the gradients of the summed loss over all batches; gives the number of predictions."
     n = 0
     for batch in tqdm(batches, desc="taylor", disable=not progress):
-        nll, count = loss(model, batch, grad=True)
-        nll.sum().backward()
+        with measuring(model):
+            nll, count = loss(model, batch, grad=True)
+            nll.sum().backward()
         n += int(count.sum())
     if not n:
         raise ValueError("nothing to predict: the batches are empty")
@@ -413,7 +414,7 @@ class _Pass(_Noting):
             self.entered, self.rest = dict(before.entered), dict(before.rest)
             resumed = resume_at(model, first, self.entered[first], rest=self.rest)
         noting = self._noting(first) if keep else nullcontext()
-        with skip_layers(model, self.removed, every=True), resumed, noting:
+        with skip_layers(model, self.removed, every=True), resumed, noting, measuring(model):
             self.nll, self.tokens = loss(model, batch)
 
     def without(self, layer: int | str, keep: bool = False, loss: Callable | None = None) -> "_Pass":
@@ -609,7 +610,7 @@ def _worst_loss(model: nn.Module, loss: Callable, worst: float | None) -> float:
     "A mean loss above this counts as this: by default that of guessing among all tokens, or none for another loss."
     if worst is not None:
         return worst
-    return float(np.log(model.config.get_text_config().vocab_size)) if loss is row_losses else np.inf
+    return float(np.log(unwrap(model).config.get_text_config().vocab_size)) if loss is row_losses else np.inf
 
 # %% ../nbs/23_importance.ipynb #d635c697
 def _shapley_table(

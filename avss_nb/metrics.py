@@ -304,7 +304,10 @@ class _AddedSums(_StreamSums):
         x = x.to(y.device)
         for point in self.points:
             if point in OF_STREAM:
-                self.add(layer, point, OF_STREAM[point](x, y))
+                a, mask = OF_STREAM[point](x, y), self.mask.to(y.device)
+                if point == "relative_update":
+                    mask = mask & x.any(-1)  # a token whose input is zero has none
+                self.sums[point, self.row[layer]].add(a, mask)
         self._add_turn(self.row[layer], F.cosine_similarity(x.float(), y.float(), dim=-1), self.mask)
 
 # %% ../nbs/13_metrics.ipynb #8a3b7b0f

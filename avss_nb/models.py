@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'bundled_gguf', 'bundled_encoder', 'cache_folder', 'atomic_write', 'one_line', 'convert_gguf',
-           'resolve_model', 'check_tokenizer', 'load_model', 'content_key', 'model_key', 'blocks', 'shared_copy',
-           'explain_arguments']
+           'resolve_model', 'check_tokenizer', 'load_model', 'content_key', 'model_key', 'unwrap', 'check_merged',
+           'uncompiled', 'measuring', 'blocks', 'shared_copy', 'explain_arguments']
 
 # %% ../nbs/10_models.ipynb #1053c450
 import ast
@@ -15,9 +15,11 @@ import io
 import json
 import os
 import shutil
+import sys
 import tokenize
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from inspect import cleandoc
 from pathlib import Path
@@ -255,7 +257,7 @@ def check_tokenizer(
     "Facts about a tokenizer that change results; raises ValueError when it cannot serve this model."
     _give_pad_token(tokenizer)
     if model is not None:
-        _check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+        _check_vocabulary(tokenizer, unwrap(model).get_input_embeddings().num_embeddings)
     with_digit = [token for token in tokenizer.tokenize("1914") if any(c.isdigit() for c in token)]
     return dict(
         pad=tokenizer.pad_token,
@@ -326,6 +328,79 @@ def model_key(model: nn.Module) -> str:
     n_parameters = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__}, {n_parameters:,} parameters, {digest}"
 
+# %% ../nbs/10_models.ipynb #b550c139
+_HOLDERS = dict(  # class of a wrapper -> where it keeps the model
+    DataParallel="module",
+    DistributedDataParallel="module",
+    OptimizedModule="_orig_mod",
+    PeftModel="base_model",
+    PeftMixedModel="base_model",
+    BaseTuner="model",
+    AdaptionPromptModel="model",
+)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    "What a wrapper of torch or peft holds; None for a model that is no wrapper."
+    for kind in type(model).__mro__:
+        if kind.__name__ in _HOLDERS and kind.__module__.split(".")[0] in ("torch", "peft"):
+            return getattr(model, _HOLDERS[kind.__name__])
+    return None
+
+# %% ../nbs/10_models.ipynb #a57e8bf6
+def _check_adapter(model: nn.Module) -> None:
+    "ValueError for an adapter of peft that is at work in the wrapper alone: a learned prompt, XLoRA, aLoRA."
+    for config in getattr(model, "peft_config", {}).values():
+        outside = getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None)
+        if outside or str(getattr(config, "peft_type", "")).endswith("XLORA"):
+            raise ValueError(
+                f"the {type(config).__name__} adapter of this {type(model).__name__} works outside of the layers: "
+                "measure the base model, or an adapter of the layers such as LoRA"
+            )
+
+# %% ../nbs/10_models.ipynb #93775236
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers, adapters in place: peft, `torch.compile`, DataParallel, DistributedDataParallel.
+    ValueError for an adapter that is no part of the layers."""
+    while (inner := _inside(model)) is not None:
+        if "peft" in type(model).__module__:
+            _check_adapter(model)
+        model = inner
+    return model
+
+
+def check_merged(
+    model: nn.Module,
+    work: str,  # what is asked for, for the error
+) -> None:
+    "ValueError for a model with adapters of peft in it."
+    if any(kind.__name__ == "BaseTunerLayer" for part in unwrap(model).modules() for kind in type(part).__mro__):
+        raise ValueError(f"{work} needs a model without adapters: merge them first, with `model.merge_and_unload()`")
+
+# %% ../nbs/10_models.ipynb #82226049
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    "Context manager: inside, what was compiled runs as it was written, so that hooks are seen."
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    "Context manager: inside, the whole model is in eval mode and uncompiled; afterwards each part's mode is as it was."
+    in_training = [part for part in model.modules() if part.training]
+    try:
+        for part in in_training:
+            part.training = False
+        with uncompiled():
+            yield
+    finally:
+        for part in in_training:
+            part.training = True
+
 # %% ../nbs/10_models.ipynb #4e976b1a
 def _configured_layers(model: nn.Module) -> int | None:
     "The number of layers that the config of a model, or of its text decoder, names; None without one."
@@ -352,12 +427,25 @@ def _n_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def _check_places(model: nn.Module, stack: nn.ModuleList) -> None:
+    "ValueError where one block stands at several places: what is read of it could not be told apart."
+    places = [id(block) for block in stack]
+    for place, one in enumerate(places):
+        if (first := places.index(one)) < place:
+            raise ValueError(
+                f"layers {first} and {place} of {type(model).__name__} are one block that runs at both places: "
+                "they cannot be told apart; give each a block of its own, with `copy.deepcopy`"
+            )
+
+# %% ../nbs/10_models.ipynb #086413e2
 def blocks(
-    model: nn.Module,  # any model built of a stack of layers
+    model: nn.Module,  # any model built of a stack of layers, also in a wrapper
     *,
     path: str | None = None,  # of the stack itself ("encoder.block"), for a model with two of them
 ) -> nn.ModuleList:  # M blocks, index 0 nearest the input
-    "The stack of layers of a model; raises ValueError, naming what was found, when there is none or `path` is not one."
+    """The stack of layers of a model; raises ValueError, naming what was found, when there is none or `path` is not
+    one, and for a block that stands at two places."""
+    model = unwrap(model)
     lists = _block_lists(model)
     if path is not None and path not in lists:
         raise ValueError(f"no blocks at {path!r} in {type(model).__name__}: found {sorted(lists)}")
@@ -365,12 +453,27 @@ def blocks(
         raise ValueError(
             f"no blocks found in {type(model).__name__}: it has no ModuleList as long as its config's num_hidden_layers"
         )
-    return lists[path] if path else max(lists.values(), key=_n_parameters)
+    stack = lists[path] if path else max(lists.values(), key=_n_parameters)
+    _check_places(model, stack)
+    return stack
 
 # %% ../nbs/10_models.ipynb #b404bd31
-def shared_copy(model: "transformers.PreTrainedModel") -> "transformers.PreTrainedModel":
-    "Another model over the same weights."
-    return deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+def _copied(tensor: torch.Tensor, own: bool) -> torch.Tensor:
+    "A parameter or buffer of its own over the same numbers, or over a copy; of a quantised kind the tensor itself."
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return deepcopy(tensor) if own else tensor
+    numbers = tensor.detach().clone() if own else tensor.detach()
+    return nn.Parameter(numbers, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else numbers
+
+
+def shared_copy(
+    model: "transformers.PreTrainedModel",
+    *,
+    own: bool = False,  # copy the numbers, too
+) -> "transformers.PreTrainedModel":  # parameters are tied where those of `model` are
+    "Another model over the same numbers, or with `own` over a copy; it can be cast, moved or frozen alone."
+    model = unwrap(model)
+    return deepcopy(model, {id(t): _copied(t, own) for t in (*model.parameters(), *model.buffers())})
 
 # %% ../nbs/10_models.ipynb #c16136ce
 def _comments(source: str) -> dict[int, str]:

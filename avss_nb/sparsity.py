@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import as_batches
 from .hooks import run_blocks
 from .metrics import N_BINS, LayerStats, bin_edges, magnitude_bins
-from .models import blocks, explain_arguments, load_model, shared_copy
+from .models import blocks, check_merged, explain_arguments, load_model, shared_copy, uncompiled
 from .surgery import is_conv1d, projections
 
 # %% ../nbs/40_sparsity.ipynb #0f1a0f12
@@ -64,9 +64,10 @@ def _input_hooks(model: nn.Module, make_hook: Callable) -> Iterator[None]:
     try:
         for layer, block in enumerate(blocks(model)):
             for name, linear in projections(block).items():
-                if hook := make_hook(layer, name, linear):
-                    handles.append(linear.register_forward_pre_hook(hook))
-        yield
+                if hook := make_hook(layer, name, linear):  # ahead of what makes it sparse
+                    handles.append(linear.register_forward_pre_hook(hook, prepend=True))
+        with uncompiled():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -135,6 +136,7 @@ def projection_stats(
     """The magnitude histogram of the counted inputs of every projection, in one pass. With a plan each projection
     passes on what lies above its threshold of the moment. ValueError for no token, FloatingPointError names the first
     layer whose input is not finite."""
+    check_merged(model, "activation sparsity")
     counts = _PlannedCounts(model, plan)
     with _input_hooks(model, counts.hook):
         for batch in tqdm(as_batches(tokenizer, texts, model=model), desc="reading inputs", disable=not progress):
@@ -244,7 +246,8 @@ def _random_mask(x: torch.Tensor, sparsity: float, seed: int) -> torch.Tensor:
 
 # %% ../nbs/40_sparsity.ipynb #2fb5b8e5
 class SparseLinear(nn.Module):
-    "Mixed in before the class of a linear layer, whose small inputs are then zero: `value` is t, k or a fraction."
+    """Mixed in before the class of a linear layer, and marks it as sparse: a hook in front of it sets
+    small inputs to zero. `value` is t, k or a fraction."""
 
     rule: str  # of `SPARSITY_RULES`
     value: float  # threshold t, number k that is kept, or fraction at random
@@ -262,13 +265,18 @@ class SparseLinear(nn.Module):
         return _random_mask(x, self.value, self.seed + 100_003 * self.calls)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        "The output of the sparse input x (..., width)."
+        "The output of x (..., width), which the hook has made sparse."
         one_token = x.numel() == x.shape[-1] and x.is_cpu and x.dtype == self.weight.dtype == torch.float32
         if not (self.sparse_gemv and one_token):
-            return super().forward(self.sparse(x))
-        return _column_product(self.sparse(x), self.weight if is_conv1d(self) else self.weight.t(), self.bias)
+            return super().forward(x)
+        return _column_product(x, self.weight if is_conv1d(self) else self.weight.t(), self.bias)
 
 # %% ../nbs/40_sparsity.ipynb #40a00009
+def _sparse_input(linear: SparseLinear, args: tuple) -> tuple:
+    "A hook in front of a sparse layer: its input with zeros."
+    return linear.sparse(args[0]), *args[1:]
+
+
 _SPARSE_CLASSES: dict[type, type] = {}
 
 
@@ -293,11 +301,15 @@ def sparsify_layer(
     linear.__class__ = _sparse_class(type(linear))
     linear.rule, linear.value, linear.seed = rule, value, seed
     linear.calls, linear.sparse_gemv = 0, sparse_gemv
+    linear.register_forward_pre_hook(_sparse_input)
 
 
 def densify_layer(linear: nn.Module) -> None:  # linear: from `sparsify_layer`
     "Undo `sparsify_layer`, in place."
     linear.__class__ = type(linear).__mro__[2]
+    for key, hook in list(linear._forward_pre_hooks.items()):
+        if hook is _sparse_input:
+            del linear._forward_pre_hooks[key]
     for name in ("rule", "value", "seed", "calls", "sparse_gemv"):
         delattr(linear, name)
 
@@ -318,6 +330,7 @@ def _value_table(model: nn.Module, plan: pd.DataFrame, rule: str, stats: LayerSt
 
 def _values(model: nn.Module, plan: pd.DataFrame | float, rule: str, stats: LayerStats | None) -> list[dict]:
     "Per layer: what each of its sparse projections gets. Those of sparsity 0 are not named."
+    check_merged(model, "activation sparsity")
     if rule not in SPARSITY_RULES:
         raise ValueError(f"unknown rule {rule!r}: known are {', '.join(SPARSITY_RULES)}")
     plan = check_plan(model, plan) if isinstance(plan, pd.DataFrame) else uniform_plan(model, plan)
@@ -344,7 +357,8 @@ def _sparse_inside(model: nn.Module, values: list[dict], rule: str, seed: int) -
         for linear, value, own_seed in _named_projections(model, values, seed):
             sparsify_layer(linear, rule, value, seed=own_seed)
             done.append(linear)
-        yield model
+        with uncompiled():
+            yield model
     finally:
         for linear in done:
             densify_layer(linear)

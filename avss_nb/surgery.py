@@ -8,21 +8,23 @@ __all__ = ['PassThrough', 'layer_of', 'check_layers', 'replaced_blocks', 'skip_l
 
 # %% ../nbs/21_surgery.ipynb #a0778769
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from .hooks import block_input, hidden_state, sublayer
-from .models import blocks, explain_arguments, shared_copy
+from .hooks import block_input, hidden_state, input_device, model_inputs, sublayer, without_hooks
+from .models import blocks, check_merged, explain_arguments, measuring, one_line, shared_copy, uncompiled, unwrap
 
 # %% ../nbs/21_surgery.ipynb #fb4d9ec1
 class _StandIn(nn.Module):
     "A module in the place of a block: it has the block's attributes, and not its parameters."
+
+    stands_in = True
 
     def __init__(self, block: nn.Module, hidden: torch.Tensor | None = None, rest: tuple | None = None):
         super().__init__()
@@ -41,25 +43,12 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["block"], name)
 
-
+# %% ../nbs/21_surgery.ipynb #97c3101b
 def _no_cache(value):
     "An argument of a block, None in the place of a cache."
     return None if isinstance(value, Cache) else value
 
 # %% ../nbs/21_surgery.ipynb #00e411e8
-@contextmanager
-def _without_hooks(block: nn.Module) -> Iterator[None]:
-    "Take the forward hooks off a block and its parts, and put them back."
-    hooks = [(m, m._forward_hooks, m._forward_pre_hooks) for m in block.modules()]
-    for module, *_ in hooks:
-        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for module, after, before in hooks:
-            module._forward_hooks, module._forward_pre_hooks = after, before
-
-
 def _has_position_bias(block: nn.Module) -> bool:
     "Whether this is T5's first block, which makes the position bias of all."
     return any(getattr(part, "has_relative_attention_bias", False) for part in block.modules())
@@ -75,7 +64,7 @@ class _SameForm(_StandIn):
         named = {name: _no_cache(value) for name, value in kwargs.items()}
         if "use_cache" in named:
             named["use_cache"] = False
-        with torch.no_grad(), torch.random.fork_rng(), _without_hooks(self.block):
+        with torch.no_grad(), torch.random.fork_rng(), without_hooks(self.block):
             return self.block(*map(_no_cache, args), **named)
 
     def _returned_with(self, args: tuple, kwargs: dict) -> tuple | None:
@@ -178,7 +167,8 @@ def replaced_blocks(
     try:
         for i, module in replacement.items():
             layers[i] = module
-        yield model
+        with uncompiled():
+            yield model
     finally:
         for i, module in own.items():
             layers[i] = module
@@ -197,7 +187,8 @@ def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
     try:
         for part in parts:
             handles.append(part.register_forward_hook(_zeros, prepend=True))
-        yield
+        with uncompiled():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -239,14 +230,34 @@ def _shorten_experts(config, kept: list[int]) -> None:
     if hasattr(config, "first_k_dense_replace"):
         config.first_k_dense_replace = sum(i < config.first_k_dense_replace for i in kept)
 
+# %% ../nbs/21_surgery.ipynb #37942026
+_PER_LAYER = ("block_types", "indexer_types", "sliding_windows", "intermediate_size", "activation_sparsity_pattern")
+_HOLD_NUMBERS = ("moe_layers", "cross_attention_layers", "rope_scaling_layers")
 
+
+def _holds_numbers(name: str, value: list) -> bool:
+    "Whether a list of a config holds numbers of layers."
+    named = name.endswith(("layer_ids", "layer_idx", "layer_indices", "_idxs")) or name in _HOLD_NUMBERS
+    return named and all(type(one) is int for one in value)
+
+# %% ../nbs/21_surgery.ipynb #e14bda43
 def _shorten(config, kept: list[int], n_layers: int) -> None:
-    "Shorten every list of the config that has one entry per layer, and every count of layers."
+    "Shorten every list of the config that has one entry per layer, renumber layers, and set the number of layers."
     for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == n_layers and name != "mlp_only_layers":
+        if not isinstance(value, list) or name == "mlp_only_layers":
+            continue
+        if _holds_numbers(name, value):
+            setattr(config, name, [new for new, old in enumerate(kept) if old in value])
+        elif len(value) == n_layers and ("layer" in name or name in _PER_LAYER):
             setattr(config, name, [value[i] for i in kept])
     _shorten_experts(config, kept)
     config.num_hidden_layers = len(kept)
+
+
+def _shorten_plan(config, kept: list[int]) -> None:
+    "Of a sparse model, keep the part of its plan that is about the layers that stay."
+    if isinstance(plan := getattr(config, "activation_sparsity", None), dict):
+        config.activation_sparsity = plan | dict(layers=[plan["layers"][i] for i in kept])
 
 # %% ../nbs/21_surgery.ipynb #1af46dfd
 def _differs(small: nn.Module, what: str) -> ValueError:
@@ -265,7 +276,7 @@ def _hand_on_position_bias(small: nn.Module, stock: nn.Module, path: str, first:
 
 # %% ../nbs/21_surgery.ipynb #5c1e7746
 _NUMBERS = ("layer_idx", "layer_id", "layer_index", "block_idx", "n_layers", "num_layers", "num_hidden_layers")
-_STATE = ("training", "gradient_checkpointing")
+_STATE = ("training", "gradient_checkpointing", "vocab_size")  # the last is said by the shapes of the weights
 
 
 def _take_numbers(small: nn.Module, stock: nn.Module) -> None:
@@ -308,10 +319,15 @@ def _zero_sublayer(block: nn.Module, unit: str) -> None:
     for module in zeroed.modules():
         if isinstance(module, nn.Embedding):
             continue
-        for name, p in module.named_parameters(recurse=False):
+        weights = dict(module.named_parameters(recurse=False))
+        if any(p.is_meta for p in weights.values()):  # offloaded: accelerate would bring the old weights in
+            place = input_device(module)
+            remove_hook_from_module(module)
+            weights = {name: torch.zeros_like(p, device=place) for name, p in weights.items()}
+        for name, p in weights.items():
             setattr(module, name, nn.Parameter(torch.zeros_like(p), p.requires_grad))
 
-
+# %% ../nbs/21_surgery.ipynb #4556f713
 def _check_prunable(model: PreTrainedModel) -> None:
     "ValueError where layers are skipped at present, or where no config can describe the shorter model."
     if any(isinstance(block, PassThrough) for block in blocks(model)):
@@ -323,27 +339,62 @@ def _check_prunable(model: PreTrainedModel) -> None:
             "it has an encoder and a decoder, or divides by the layer's number"
         )
 
+# %% ../nbs/21_surgery.ipynb #8753d170
+def _says(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    "Logits or hidden states (1, T, width) of these tokens, float32; no hook of the caller's sees the run."
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with measuring(model), torch.no_grad(), torch.random.fork_rng():
+        return hidden_state(model(**model_inputs(model, batch), return_dict=False)).float()
+
+
+def _check_says(small: nn.Module, model: nn.Module, units: list[int | str]) -> None:
+    "ValueError where the model without layers says other things than the one that skips them."
+    ids = torch.arange(3, 9)[None] % small.config.get_text_config().vocab_size
+    try:
+        with without_hooks(model), skip_layers(model, units):  # a sparse model's zeros are set by hooks: both are dense
+            wanted = _says(model, ids)
+    except Exception:  # it needs more than tokens
+        return
+    try:
+        with without_hooks(small):
+            found = _says(small, ids)
+    except Exception as error:
+        raise _differs(small, f"a model that runs: {one_line(error)}") from None
+    if (found - wanted).abs().max() > 1e-2 * wanted.std():
+        raise _differs(small, "what the model says that skips them")
+
 # %% ../nbs/21_surgery.ipynb #2d927f7a
-def prune_layers(
-    model: PreTrainedModel,
-    layers: Iterable[int | str],  # as in `skip_layers`
-) -> PreTrainedModel:  # of the same class; shares the remaining weights with `model`, which is as it was
-    """A model without these blocks, and with zeros in the place of these sublayers, that the library saves and reloads;
-    ValueError as in `skip_layers`, and for a family whose config cannot describe the shorter model."""
-    n_layers = len(blocks(model))
-    units = check_layers(layers, n_layers)
-    _check_prunable(model)
-    path = next(name for name, module in model.named_modules() if module is blocks(model))
+def _cut(model: PreTrainedModel, path: str, units: list[int | str], kept: list[int]) -> PreTrainedModel:
+    "A copy over the same numbers without these blocks, and with zeros for these sublayers; its config says so."
     small = shared_copy(model)
     own = blocks(small)
     for unit in units:
         if isinstance(unit, str):
             _zero_sublayer(own[layer_of(unit)], unit)
-    kept = [i for i in range(n_layers) if i not in units]
     small.set_submodule(path, nn.ModuleList(own[i] for i in kept))
-    _shorten(small.config.get_text_config(), kept, n_layers)
+    _shorten_plan(small.config, kept)
+    _shorten(small.config.get_text_config(), kept, len(own))
     _agree_with_config(small, path, own[0])
     return small
+
+# %% ../nbs/21_surgery.ipynb #79461cf2
+def prune_layers(
+    model: PreTrainedModel,  # also compiled, or in DataParallel
+    layers: Iterable[int | str],  # as in `skip_layers`
+    *,
+    share: bool = False,  # no copy: the numbers are those of `model`, and training would change both
+) -> PreTrainedModel:  # of the same class, with weights of its own; `model` is as it was
+    """A model without these blocks, and with zeros in the place of these sublayers, that the library saves and reloads;
+    ValueError as in `skip_layers`, for adapters, and for a family whose config cannot describe the shorter model."""
+    check_merged(model, "prune_layers")
+    model, stack = unwrap(model), blocks(model)
+    units = check_layers(layers, len(stack))
+    _check_prunable(model)
+    path = next(name for name, module in model.named_modules() if module is stack)
+    kept = [i for i in range(len(stack)) if i not in units]
+    small = _cut(model, path, units, kept)
+    _check_says(small, model, units)
+    return small if share else shared_copy(small, own=True)
 
 # %% ../nbs/21_surgery.ipynb #d7f9e900
 def resume_at(
