@@ -259,7 +259,7 @@ def _say(command: str, error: Exception) -> int:
     print(f"avss {command}: unexpected {type(error).__name__}: {words} {hint}", file=sys.stderr)
     return 1
 
-
+# %% ../nbs/53_command.ipynb #6a09060a
 def main(arguments: list[str] | None = None) -> int:  # status: 0, 1 or 2
     "The command `avss`."
     options = command_parser().parse_args(arguments)

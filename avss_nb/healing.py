@@ -111,6 +111,15 @@ def _check_options(model: PreTrainedModel, teacher: PreTrainedModel | None, opti
         raise ValueError("teacher and model have different vocabularies")
 
 
+def _checked(model: nn.Module, teacher: nn.Module | None, options: dict) -> tuple[nn.Module, nn.Module | None]:
+    "Student and teacher without wrappers; ValueError for one that cannot be trained, or rows beyond its window."
+    check_trainable(model)
+    model, teacher = unwrap(model), None if teacher is None else unwrap(teacher)
+    _check_options(model, teacher, options)
+    check_tokens(model, options["max_length"], "a row")
+    return model, teacher
+
+# %% ../nbs/25_healing.ipynb #103b7fe1
 def _recipe(model: PreTrainedModel, rows: torch.Tensor, teacher: PreTrainedModel | None, options: dict) -> dict:
     "What decides the healed weights."
     return {name: value for name, value in options.items() if name != "save_every"} | dict(
@@ -168,10 +177,7 @@ def heal(
     too little text, a teacher of another vocabulary, another run's folder; FloatingPointError: loss not finite."""
     options = dict(steps=steps, batch_size=batch_size, max_length=max_length, learning_rate=learning_rate, rank=rank)
     options |= dict(seed=seed, save_every=save_every)
-    check_trainable(model)
-    model, teacher = unwrap(model), teacher if teacher is None else unwrap(teacher)
-    _check_options(model, teacher, options)
-    check_tokens(model, max_length, "a row")
+    model, teacher = _checked(model, teacher, options)
     rows = pack_texts(texts, tokenizer or _own_tokenizer(model), max_length=max_length, batch_size=batch_size)
     return _healed(model, rows, teacher, options, out, on_step, progress)
 

@@ -13,6 +13,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -334,14 +335,14 @@ def _own_blocks(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _asking(model: nn.Module) -> Iterator[None]:
-    "Inside, the whole model runs by itself; nobody sees it, and the random numbers go on as if nothing had run."
+    "Inside, the model runs by itself; nobody sees it, and the random numbers go on as if nothing had run."
     with _own_blocks(model), without_hooks(model), measuring(model), torch.no_grad(), torch.random.fork_rng():
         yield
 
 # %% ../nbs/11_hooks.ipynb #7b3d17cd
 def _probe_rows(model: nn.Module) -> torch.Tensor:
     "(2, 6): token ids, different in the last place alone, without the pad token."
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size, pad = getattr(text_config, "vocab_size", None) or 9, getattr(text_config, "pad_token_id", None)
     ids = torch.tensor([i for i in range(3, 11) if i != pad][:7]) % size

@@ -390,7 +390,7 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    "Context manager: inside, the whole model is in eval mode and uncompiled; afterwards each part's mode is as it was."
+    "Context manager: inside, the model is in eval mode and uncompiled; afterwards each part's mode is as it was."
     in_training = [part for part in model.modules() if part.training]
     try:
         for part in in_training:
