@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'bundled_gguf', 'bundled_encoder', 'cache_folder', 'atomic_write', 'one_line', 'convert_gguf',
-           'resolve_model', 'check_tokenizer', 'load_model', 'content_key', 'model_key', 'unwrap', 'check_merged',
-           'uncompiled', 'measuring', 'blocks', 'shared_copy', 'explain_arguments']
+           'resolve_model', 'unwrap', 'check_merged', 'uncompiled', 'measuring', 'check_tokenizer', 'load_model',
+           'content_key', 'model_key', 'blocks', 'shared_copy', 'explain_arguments']
 
 # %% ../nbs/10_models.ipynb #1053c450
 import ast
@@ -225,6 +225,79 @@ def _load_error(name: str, source: str, error: Exception) -> Exception:
         f"(or no network). {one_line(error)}"
     )
 
+# %% ../nbs/10_models.ipynb #b550c139
+_HOLDERS = dict(  # class of a wrapper -> where it keeps the model
+    DataParallel="module",
+    DistributedDataParallel="module",
+    OptimizedModule="_orig_mod",
+    PeftModel="base_model",
+    PeftMixedModel="base_model",
+    BaseTuner="model",
+    AdaptionPromptModel="model",
+)
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    "What a wrapper of torch or peft holds; None for a model that is no wrapper."
+    for kind in type(model).__mro__:
+        if kind.__name__ in _HOLDERS and kind.__module__.split(".")[0] in ("torch", "peft"):
+            return getattr(model, _HOLDERS[kind.__name__])
+    return None
+
+# %% ../nbs/10_models.ipynb #a57e8bf6
+def _check_adapter(model: nn.Module) -> None:
+    "ValueError for an adapter of peft that is at work in the wrapper alone: a learned prompt, XLoRA, aLoRA."
+    for config in getattr(model, "peft_config", {}).values():
+        outside = getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None)
+        if outside or str(getattr(config, "peft_type", "")).endswith("XLORA"):
+            raise ValueError(
+                f"the {type(config).__name__} adapter of this {type(model).__name__} works outside of the layers: "
+                "measure the base model, or an adapter of the layers such as LoRA"
+            )
+
+# %% ../nbs/10_models.ipynb #93775236
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers, adapters in place: peft, `torch.compile`, DataParallel, DistributedDataParallel.
+    ValueError for an adapter that is no part of the layers."""
+    while (inner := _inside(model)) is not None:
+        if "peft" in type(model).__module__:
+            _check_adapter(model)
+        model = inner
+    return model
+
+
+def check_merged(
+    model: nn.Module,
+    work: str,  # what is asked for, for the error
+) -> None:
+    "ValueError for a model with adapters of peft in it."
+    if any(kind.__name__ == "BaseTunerLayer" for part in unwrap(model).modules() for kind in type(part).__mro__):
+        raise ValueError(f"{work} needs a model without adapters: merge them first, with `model.merge_and_unload()`")
+
+# %% ../nbs/10_models.ipynb #82226049
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    "Context manager: inside, what was compiled runs as it was written, so that hooks are seen."
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    "Context manager: inside, the model is in eval mode and uncompiled; afterwards each part's mode is as it was."
+    in_training = [part for part in model.modules() if part.training]
+    try:
+        for part in in_training:
+            part.training = False
+        with uncompiled():
+            yield
+    finally:
+        for part in in_training:
+            part.training = True
+
 # %% ../nbs/10_models.ipynb #897fd49e
 def _give_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
     "Pad with the end or unknown token where a tokenizer has no pad token; ValueError where it has none of them."
@@ -327,79 +400,6 @@ def model_key(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]
     n_parameters = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__}, {n_parameters:,} parameters, {digest}"
-
-# %% ../nbs/10_models.ipynb #b550c139
-_HOLDERS = dict(  # class of a wrapper -> where it keeps the model
-    DataParallel="module",
-    DistributedDataParallel="module",
-    OptimizedModule="_orig_mod",
-    PeftModel="base_model",
-    PeftMixedModel="base_model",
-    BaseTuner="model",
-    AdaptionPromptModel="model",
-)
-
-
-def _inside(model: nn.Module) -> nn.Module | None:
-    "What a wrapper of torch or peft holds; None for a model that is no wrapper."
-    for kind in type(model).__mro__:
-        if kind.__name__ in _HOLDERS and kind.__module__.split(".")[0] in ("torch", "peft"):
-            return getattr(model, _HOLDERS[kind.__name__])
-    return None
-
-# %% ../nbs/10_models.ipynb #a57e8bf6
-def _check_adapter(model: nn.Module) -> None:
-    "ValueError for an adapter of peft that is at work in the wrapper alone: a learned prompt, XLoRA, aLoRA."
-    for config in getattr(model, "peft_config", {}).values():
-        outside = getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None)
-        if outside or str(getattr(config, "peft_type", "")).endswith("XLORA"):
-            raise ValueError(
-                f"the {type(config).__name__} adapter of this {type(model).__name__} works outside of the layers: "
-                "measure the base model, or an adapter of the layers such as LoRA"
-            )
-
-# %% ../nbs/10_models.ipynb #93775236
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside its wrappers, adapters in place: peft, `torch.compile`, DataParallel, DistributedDataParallel.
-    ValueError for an adapter that is no part of the layers."""
-    while (inner := _inside(model)) is not None:
-        if "peft" in type(model).__module__:
-            _check_adapter(model)
-        model = inner
-    return model
-
-
-def check_merged(
-    model: nn.Module,
-    work: str,  # what is asked for, for the error
-) -> None:
-    "ValueError for a model with adapters of peft in it."
-    if any(kind.__name__ == "BaseTunerLayer" for part in unwrap(model).modules() for kind in type(part).__mro__):
-        raise ValueError(f"{work} needs a model without adapters: merge them first, with `model.merge_and_unload()`")
-
-# %% ../nbs/10_models.ipynb #82226049
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    "Context manager: inside, what was compiled runs as it was written, so that hooks are seen."
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
-    "Context manager: inside, the model is in eval mode and uncompiled; afterwards each part's mode is as it was."
-    in_training = [part for part in model.modules() if part.training]
-    try:
-        for part in in_training:
-            part.training = False
-        with uncompiled():
-            yield
-    finally:
-        for part in in_training:
-            part.training = True
 
 # %% ../nbs/10_models.ipynb #4e976b1a
 def _configured_layers(model: nn.Module) -> int | None:
