@@ -138,8 +138,8 @@ def heal_a_little(model, tmp_path, **options):
     class Words:
         eos_token_id = 2
 
-        def __call__(self, texts):
-            return transformers.BatchEncoding(dict(input_ids=[[3 + ord(c) % 90 for c in text] for text in texts]))
+        def __call__(self, text):
+            return transformers.BatchEncoding(dict(input_ids=[3 + ord(c) % 90 for c in text]))
 
     recipe = dict(steps=3, batch_size=2, max_length=8) | options
     return heal(model, Words(), ["Snow is white, and coal is black."] * 4, **recipe)
