@@ -9,19 +9,23 @@ __all__ = ['KNOWN_MODELS', 'bundled_gguf', 'bundled_encoder', 'cache_folder', 'a
 
 # %% ../nbs/10_models.ipynb #1053c450
 import ast
+import dis
 import hashlib
 import importlib.util
 import io
 import json
 import os
+import platform
 import shutil
 import tokenize
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from inspect import cleandoc
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MethodType
 
 import torch
 import transformers
@@ -66,16 +70,57 @@ def cache_folder() -> Path:
         return Path(os.environ["AVSS_NB_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "avss_nb"
 
+# %% ../nbs/10_models.ipynb #c4c2b28a
+_OWN_PARTS: set[Path] = set()  # temporary files that this process is writing
+
+
+def _part_names(path: Path) -> str:
+    "How the names of the temporary files of `path` begin; a digest of a long name, since they are longer."
+    name = path.name if len(path.name.encode()) <= 200 else hashlib.sha256(path.name.encode()).hexdigest()
+    return f"{name}."
+
+
+def _writer() -> str:
+    "This machine and process, in a temporary file's name."
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+    return f"{machine}-{os.getpid()}"
+
+# %% ../nbs/10_models.ipynb #def06dbb
+def _is_running(pid: int) -> bool:
+    "Whether there is a process of this number here."
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _remove_abandoned(path: Path) -> None:
+    "Delete the temporary files of `path` whose process on this machine was killed."
+    own_machine, own_pid = _writer().split("-")
+    for part in path.parent.iterdir():
+        named = part.name.startswith(_part_names(path)) and part.name.endswith(".part")
+        if not named or part in _OWN_PARTS:
+            continue
+        machine, _, rest = part.name.removeprefix(_part_names(path)).partition("-")
+        pid = rest.partition("-")[0]
+        if machine == own_machine and pid.isdigit() and (pid == own_pid or not _is_running(int(pid))):
+            part.unlink(missing_ok=True)
+
 # %% ../nbs/10_models.ipynb #2e9d11f8
 def atomic_write(
     path: str | Path,
     write: Callable[[Path], object],  # gets the temporary file to write to
 ) -> None:
-    "Write a file that is there completely or not at all; OSError naming the path."
+    "Write a file that is there completely or not at all, also when several write it at a time; OSError naming it."
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{_part_names(path)}{_writer()}-{uuid.uuid4().hex[:8]}.part")
+    _OWN_PARTS.add(part)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         write(part)
         os.replace(part, path)
     except OSError as error:
@@ -83,6 +128,7 @@ def atomic_write(
     finally:
         if part.exists():
             part.unlink()
+        _OWN_PARTS.discard(part)
 
 # %% ../nbs/10_models.ipynb #e0155d96
 def _dequantized(gguf: Path) -> "tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]":
@@ -301,9 +347,78 @@ def content_key(
         sha.update(_sampled(file))
     return dict(content=sha.hexdigest()[:16])
 
+# %% ../nbs/10_models.ipynb #439b9b62
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft")
+
+
+def _is_plain(value) -> bool:
+    "Whether a value is a number, a word, or a list of them."
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _carried(hook) -> dict:
+    "Numbers and words that a hook goes by: of a partial, of a closure, of the object that it belongs to."
+    if isinstance(hook, partial):
+        found = {str(i): value for i, value in enumerate(hook.args)} | hook.keywords | _carried(hook.func)
+    elif isinstance(hook, FunctionType):
+        cells = [cell.cell_contents for cell in hook.__closure__ or ()]
+        found = dict(zip(hook.__code__.co_freevars, cells))
+    else:
+        found = getattr(hook.__self__ if isinstance(hook, MethodType) else hook, "__dict__", {})
+    return {name: value for name, value in found.items() if _is_plain(value)}
+
+# %% ../nbs/10_models.ipynb #b526cfbc
+def _hook_function(hook):
+    "The function that a hook calls."
+    if isinstance(hook, partial):
+        return _hook_function(hook.func)
+    return hook if isinstance(hook, FunctionType | MethodType) else type(hook).__call__
+
+
+def _only_watches(hook) -> bool:
+    "Whether a hook returns nothing, so that it replaces nothing, or is a library's."
+    function = _hook_function(hook)
+    if (getattr(function, "__module__", None) or "").split(".")[0] in _LIBRARIES:
+        return True
+    if not (code := getattr(function, "__code__", None)):
+        return False
+    steps = [(step.opname, step.argval) for step in dis.get_instructions(code)]
+    returned = {before for before, (name, _) in zip(steps, steps[1:]) if name == "RETURN_VALUE"}
+    returned |= {step for step in steps if step[0] == "RETURN_CONST"}
+    return returned <= {("LOAD_CONST", None), ("RETURN_CONST", None)}
+
+# %% ../nbs/10_models.ipynb #46a4473a
+def _state_of(module: nn.Module) -> list:
+    "What a module goes by besides its weights: an adapter that is on or off, sparse inputs, a place taken, hooks."
+    own, found = vars(module), []
+    if isinstance(getattr(module, "disable_adapters", None), bool):  # a layer with an adapter; of models it is a method
+        on = list(module.active_adapters)
+        scaling = getattr(module, "scaling", {})
+        scales = [scaling.get(name) for name in on] if isinstance(scaling, dict) else []
+        found.append(["adapter", module.disable_adapters, on, list(module.merged_adapters), scales])
+    if "prompt_encoder" in own.get("_modules", {}):  # a learnt prompt: off while another's forward is called
+        found.append(["prompt", module.forward.__self__ is module])
+    if {"rule", "value", "seed"} <= own.keys():  # of `sparsify`
+        found.append(["sparse", own["rule"], own["value"], own["seed"]])
+    if isinstance(own.get("block"), nn.Module):  # of `skip_layers`
+        found.append(["skipped"])
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if not _only_watches(hook):
+            found.append([_hook_function(hook).__qualname__, _carried(hook)])
+    return found
+
+
+def _state(model: nn.Module) -> list:
+    "By the names of its modules, the state in which a model is; empty for a plain one."
+    found = [(name, _state_of(module)) for name, module in model.named_modules()]
+    return [(name, state) for name, state in found if state]
+
 # %% ../nbs/10_models.ipynb #d56366ac
 def model_key(model: nn.Module) -> str:
-    "A name for a model and its weights: of each parameter the shape and the first eight numbers."
+    """A name for a model and its weights: of each parameter the shape and the first eight numbers; and for its state
+    where it has one: adapters, zeroed inputs, hooks."""
     weights = [
         (name, list(p.shape), p.detach().flatten()[:8].float().tolist())
         for name, p in model.named_parameters()
@@ -311,7 +426,9 @@ def model_key(model: nn.Module) -> str:
     ]
     digest = hashlib.sha256(json.dumps(weights).encode()).hexdigest()[:16]
     n_parameters = sum(p.numel() for p in model.parameters())
-    return f"{type(model).__name__}, {n_parameters:,} parameters, {digest}"
+    state = _state(model)
+    noted = f", state {hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]}" if state else ""
+    return f"{type(model).__name__}, {n_parameters:,} parameters, {digest}{noted}"
 
 # %% ../nbs/10_models.ipynb #4e976b1a
 def _configured_layers(model: nn.Module) -> int | None:
