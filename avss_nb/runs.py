@@ -14,13 +14,16 @@ import json
 import os
 import platform
 import shutil
+import sysconfig
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet, Sized
+from contextlib import suppress
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 
 import numpy as np
 import pandas as pd
@@ -284,17 +287,25 @@ def _reads(function: FunctionType) -> dict:
     for code in codes:
         found |= {name: function.__globals__[name] for name in code.co_names if name in function.__globals__}
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        found[name] = cell.cell_contents
+        with suppress(ValueError):  # not set yet
+            found[name] = cell.cell_contents
     return _unchanged(found, codes)
+
+# %% ../nbs/15_runs.ipynb #83e5f8dd
+def _is_library(function: FunctionType) -> bool:
+    "Whether a function is of this package, or of an installed one."
+    folders = tuple(sysconfig.get_paths().values())
+    return function.__module__.split(".")[0] == "avss_nb" or function.__code__.co_filename.startswith(folders)
 
 
 def _key_inside(value, module: str, seen: tuple) -> object:
-    "What stands for a value that a function reads: functions of its own module by what they do, others by name."
-    if isinstance(value, FunctionType) and value.__module__ == module:
+    "What stands for a value that a function reads: functions by what they do, those of libraries by name."
+    if isinstance(value, FunctionType) and (value.__module__ == module or not _is_library(value)):
         return _function_key(value, seen)
-    if isinstance(value, partial | MethodType):
+    name = getattr(value, "__qualname__", type(value).__name__)
+    is_object = callable(value) and not isinstance(value, nn.Module | PreTrainedTokenizerBase | type | FunctionType)
+    if is_object and not isinstance(value, BuiltinFunctionType) or is_dataclass(value) and not isinstance(value, type):
         return _callable_key(value, seen)
-    name = type(value).__name__ if not hasattr(value, "__qualname__") else value.__qualname__
     known = value is None or isinstance(value, int | float | Path | torch.dtype | torch.device)
     known = known or isinstance(value, nn.Module | PreTrainedTokenizerBase)
     return key_of(value) if known or isinstance(value, Sized) and not callable(value) else name
@@ -327,13 +338,14 @@ _HOW_FAST = ("batch_size", "progress")  # attributes that decide no result
 
 
 def _object_key(value, seen: tuple = ()) -> str:
-    "An object by its class, the methods of it, and the attributes that they do not change."
+    "An object by its class and attributes; one that is called by its methods, too, and without what they change."
     if any(value is other for other in seen):
         return type(value).__name__
     methods = {}
     for kind in reversed(type(value).__mro__):
         methods |= {name: part for name, part in vars(kind).items() if isinstance(part, FunctionType)}
     codes = [code for name, part in methods.items() if name != "__init__" for code in _codes(part.__code__)]
+    codes = codes if callable(value) else []
     own = _unchanged(getattr(value, "__dict__", {}), codes)
     inside = {}
     for name, part in own.items():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from functools import partial
 
 import pandas as pd
@@ -15,6 +16,7 @@ from datasets import Dataset
 
 import avss_nb.allocation
 import avss_nb.pruning
+import avss_nb.shipping
 from avss_nb.ablations import run_variants
 from avss_nb.allocation import measure_plans
 from avss_nb.contrastive import contrastive_tune
@@ -22,13 +24,19 @@ from avss_nb.data import load_questions, load_sentences
 from avss_nb.decoding import dola
 from avss_nb.healing import heal
 from avss_nb.labeling import BatchJudge, generate_answers, label_answers
+from avss_nb.metrics import LayerStats
 from avss_nb.models import atomic_write, load_model, model_key
+from avss_nb.options import Settings
 from avss_nb.pruning import measure_removal
+from avss_nb.report import study_key
 from avss_nb.runs import RunDirectory, check_run, key_of, run_key
 from avss_nb.scale import map_between_processes
 from avss_nb.sparsity import sparsify
 from avss_nb.surgery import skip_layers
+from nursery import SMALL
+from test_bad_input import model_folder as short_window, tiny_gguf  # noqa: F401
 from test_contrastive import QUESTIONS, SHORT, Letters
+from test_endurance import Begun, at_hand, model_folder  # noqa: F401
 from tiny import tiny
 
 REFUSED = "holds a run with .*choose another folder"
@@ -136,6 +144,8 @@ def test_functions_are_known_by_what_they_do():
     assert key_of(measure_of(1, [])) == key_of(measure_of(1, [1, 2]))  # what it changes itself does not count
     others = [measure_of(1, []), measure_of(2, []), partial(max, 1), partial(max, 2), Asker("ab"), Asker("abc")]
     others += [lambda x: x + 1, lambda x: x + 2, lambda x, by=1: x + by, lambda x, by=2: x + by]
+    others += [partial(map, lambda x: x + 1), partial(map, lambda x: x + 2)]  # inside of a partial
+    others += [measure_of(Asker("a"), []), measure_of(Asker("b"), [])]  # an object in a closure
     keys = [key_of(f) for f in others]
     assert len(set(keys)) == len(keys)
     judge = Asker("ab")
@@ -159,6 +169,7 @@ def test_every_number_of_data_counts():
         (pd.DataFrame(dict(x=first)), pd.DataFrame(dict(x=second))),
         (first.numpy().reshape(2, -1), second.numpy().reshape(2, -1)),
         (torch.float32, torch.bfloat16),
+        (dict(stats=LayerStats({"x.hist": first})), dict(stats=LayerStats({"x.hist": second}))),
     ]
     assert all(key_of(a) != key_of(b) and key_of(a) == key_of(a) for a, b in pairs)
 
@@ -306,11 +317,43 @@ def test_another_function_over_the_same_items_is_refused(tmp_path):
     pd.testing.assert_frame_equal(map_between_processes(partial(counted, 1), [1, 2, 3], out=tmp_path), first)
 
 
+# ---- the commands
+
+
+def test_a_study_counts_what_its_data_folder_holds():
+    own, bundled = Settings(data="somewhere"), Settings()
+    first, second = dict(held_out=["one"], names=dict(text="a")), dict(held_out=["two"], names=dict(text="a"))
+    assert study_key(own, first) == study_key(own, dict(first)) != study_key(own, second)
+    assert study_key(bundled, first) == asdict(bundled)  # stored studies carry it
+
+
+def test_pruning_by_another_table_of_scores_is_refused(at_hand, model_folder, tmp_path, monkeypatch):
+    def stop(*args, **options):
+        raise Begun
+
+    monkeypatch.setattr(avss_nb.shipping, "study_data", lambda settings: at_hand[1])
+    monkeypatch.setattr(avss_nb.shipping, "measure_removal", stop)
+    table = pd.DataFrame(dict(mine=[1.0, 2, 3, 4, 5])).rename_axis("layer")
+
+    def prune():
+        options = dict(out=tmp_path / "out", score="mine", scores=tmp_path / "scores.csv")
+        avss_nb.shipping.prune_to_folder(model_folder, **options, **SMALL)
+
+    table.to_csv(tmp_path / "scores.csv")
+    for _ in range(2):
+        with pytest.raises(Begun):
+            prune()
+    table[::-1].reset_index(drop=True).rename_axis("layer").to_csv(tmp_path / "scores.csv")
+    with pytest.raises(ValueError, match=REFUSED):
+        prune()
+
+
 # ---- several writers
 
 WRITES = """
 import sys
 from pathlib import Path
+from avss_nb.metrics import LayerStats
 from avss_nb.models import atomic_write
 for i in range(250):
     atomic_write(Path(sys.argv[1]) / f"{i % 5}.txt", lambda part: part.write_text(sys.argv[2] * 1000))
@@ -348,6 +391,7 @@ def test_two_processes_lose_nothing(tmp_path):
 def test_what_a_killed_writer_left_is_removed(tmp_path):
     code = """
 import os, sys
+from avss_nb.metrics import LayerStats
 from avss_nb.models import atomic_write
 def write(part):
     part.write_text("half")
