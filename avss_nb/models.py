@@ -365,6 +365,7 @@ def _carried(hook) -> dict:
     elif isinstance(hook, FunctionType):
         cells = [cell.cell_contents for cell in hook.__closure__ or ()]
         found = dict(zip(hook.__code__.co_freevars, cells))
+        found = {name: value for name, value in found.items() if not isinstance(value, list)}  # it grows as they run
     else:
         found = getattr(hook.__self__ if isinstance(hook, MethodType) else hook, "__dict__", {})
     return {name: value for name, value in found.items() if _is_plain(value)}

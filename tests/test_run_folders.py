@@ -1,6 +1,7 @@
 """A folder of one run is never taken for another's: another model, state, data, function or setting is refused, or has
 a file of its own; the same work resumes; several writers lose nothing."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -80,6 +81,11 @@ def test_the_key_of_a_plain_model_stays():
     assert before == "Linear, 6 parameters, 396fd7232f31e681"
     model.register_forward_hook(lambda module, args, result: None)  # only watches
     assert model_key(model) == before
+    runs: list[int] = []
+    model.register_forward_pre_hook(lambda *args: runs.append(1))
+    counted = model_key(model)
+    model(torch.zeros(2))
+    assert runs and model_key(model) == counted
 
 
 def test_an_adapter_counts_on_and_off():
@@ -153,12 +159,22 @@ def test_functions_are_known_by_what_they_do():
     assert key_of(judge) == key_of(Asker("ab"))
 
 
-def test_functions_have_the_same_key_in_another_process():
-    code = "import test_run_folders as t; print(t.key_of(t.measure_of(1, [])), t.key_of(t.Asker('ab')))"
+MINE = """
+from avss_nb.runs import key_of
+known, calls = {"a", "b"}, []
+def judge(question, answer, references):
+    calls.append(answer)
+    return answer in known or answer in {"x", "y", "z"}
+"""
+
+
+def test_functions_have_the_same_key_in_another_process(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
     environment = os.environ | dict(PYTHONHASHSEED="7")
-    command = dict(cwd=os.path.dirname(__file__), env=environment, capture_output=True, text=True)
-    said = subprocess.run([sys.executable, "-c", code], **command)
-    assert said.stdout.strip() == f"{key_of(measure_of(1, []))} {key_of(Asker('ab'))}", said.stderr
+    command = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = subprocess.run([sys.executable, "-c", "import mine; print(mine.key_of(mine.judge))"], **command)
+    assert said.stdout.strip() == key_of(importlib.import_module("mine").judge), said.stderr
 
 
 def test_every_number_of_data_counts():
