@@ -222,19 +222,7 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{type(tokenizer).__name__} {_digest([does, tokenizer.bos_token_id, tokenizer.eos_token_id])}"
 
 # %% ../nbs/15_runs.ipynb #08d9ba08
-_CHANGING = {
-    "append",
-    "extend",
-    "insert",
-    "add",
-    "update",
-    "setdefault",
-    "pop",
-    "popleft",
-    "remove",
-    "clear",
-    "discard",
-}
+_CHANGING = set("append extend insert add update setdefault pop popleft remove clear discard".split())
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -371,7 +359,7 @@ def _content(model: nn.Module) -> str:
             found.append([name, str(settings[name])])
     return _digest(found)
 
-
+# %% ../nbs/15_runs.ipynb #f993de43
 def run_key(
     function: str,  # the name of what is run
     /,
