@@ -831,8 +831,8 @@ def _ask(judge: Judge, name: str, rows: list[dict]) -> Iterator[str]:
         yield _as_label(verdict, name, row)
 
 # %% ../nbs/30_labeling.ipynb #60e5ac35
-class _Verdicts:
-    "The labels that a judge gave, by the digest of what it was shown; kept in a file where one is given."
+class _StoredVerdicts:
+    "The labels that a judge gave, by the digest of what it was shown; read from a file where one is given."
 
     def __init__(self, judge: str, out: Path | None, key: object):  # key: of the judge, from `key_of`
         self.judge, self.out, self.key = judge, out, key
@@ -855,6 +855,10 @@ class _Verdicts:
         if kept["key"] != self.key:
             raise ValueError(f"{out} holds the verdicts of another judge named {self.judge!r}: give another file")
         return kept["verdicts"]
+
+# %% ../nbs/30_labeling.ipynb #fc4f9014
+class _Verdicts(_StoredVerdicts):
+    "… and kept in it."
 
     def save(self) -> None:
         "Write the file, if there is to be one."

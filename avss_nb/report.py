@@ -761,7 +761,7 @@ def study_key(
     own_data = dict(data_content=key_of(data)) if settings.data else {}
     return asdict(settings) | content_key(settings.model) | own_data
 
-
+# %% ../nbs/50_report.ipynb #9564c7bf
 def _open_study(settings: Settings, out: Path, trust_remote_code: bool) -> _Measurement:
     "Everything that a study needs, checked; then its folder is claimed."
     data = study_data(settings)
