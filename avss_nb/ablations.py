@@ -43,8 +43,8 @@ from avss_nb.evaluation import (
     text_losses,
 )
 from .labeling import exact_match, generate_answers, label_answers, token_f1
-from .models import blocks, explain_arguments, model_key
-from .runs import RunDirectory, cached_table
+from .models import blocks, explain_arguments
+from .runs import RunDirectory, cached_table, run_key
 
 # %% ../nbs/34_ablations.ipynb #75556035
 def _block_choices(scores: pd.Series, k: int, n_random: int, seed: int) -> dict[str, list[list[int]]]:
@@ -224,13 +224,14 @@ def _tables_of(runs: _Runs, out: Path) -> dict[tuple[str, str], Path]:
     return {run: RunDirectory(out).path(name) for run, name in names.items()}
 
 
-def _open_runs(out: Path, runs: _Runs, rows: list[dict], model: nn.Module):
-    "Claim the folder for these runs; ValueError where it holds others."
+def _open_runs(out: Path, runs: _Runs, rows: list[dict], **decides):
+    "Claim the folder for these runs; ValueError where it holds others. `decides`: model, tokenizer and measure."
     plain = {}
     for (name, number), options in runs.items():
         kept = {k: v for k, v in options.items() if k != "on_step"} if options else None
         plain[f"{name}/{number}"] = kept
-    RunDirectory.open(out, dict(runs=plain, rows=rows_key(rows), model=model_key(model)), note="variants.json")
+    key = run_key("run_variants", runs=plain, rows=rows_key(rows), **decides)
+    RunDirectory.open(out, key, note="variants.json")
 
 # %% ../nbs/34_ablations.ipynb #1f73320b
 class _Variants:
@@ -296,7 +297,7 @@ def run_variants(
     folder = Path(out) if out else None
     if folder:
         _tables_of(runs, folder)
-        _open_runs(folder, runs, work.rows, model)
+        _open_runs(folder, runs, work.rows, model=model, tokenizer=tokenizer, measure=measure)
     return pd.concat(_run_all(work, runs, measure, folder), names=["variant", "run"])
 
 # %% ../nbs/34_ablations.ipynb #c5a1a226

@@ -6,6 +6,8 @@
 __all__ = ['greedy_plan', 'hill_exponent', 'weight_exponents', 'acttail_plan', 'sparse_variants', 'measure_plans']
 
 # %% ../nbs/41_allocation.ipynb #d443ecab
+import json
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,7 +27,7 @@ from .hooks import hidden_state, input_device, run_blocks
 from .metrics import LayerStats
 from .models import blocks, explain_arguments
 from .pruning import measure_items
-from .runs import RunDirectory, cached_table
+from .runs import RunDirectory, key_of, run_key
 
 # %% ../nbs/41_allocation.ipynb #d6174199
 from avss_nb.sparsity import (
@@ -298,6 +300,18 @@ def _measure_variant(
     with sparse:
         return measure_items(model, tokenizer, texts, questions, None, skip, max_length)
 
+# %% ../nbs/41_allocation.ipynb #df4914bb
+def _file_name(name: str, variant: dict | None) -> str:
+    "The name of a variant's table: another plan, rule, calibration or seed has another."
+    return f"{name}-{zlib.crc32(json.dumps(key_of(variant), sort_keys=True).encode()):08x}"
+
+
+def _opened(out: str | Path, variants: dict[str, dict | None], **decides) -> RunDirectory:
+    "The folder of these measurements; ValueError for one of other work, or a name that is no file's."
+    for name in variants:
+        RunDirectory(out).path(f"{name}.csv")
+    return RunDirectory.open(out, run_key("measure_plans", **decides))
+
 # %% ../nbs/41_allocation.ipynb #41a00010
 def measure_plans(
     model: nn.Module,
@@ -306,21 +320,22 @@ def measure_plans(
     texts: list[str],
     questions: Dataset | None = None,  # with distractors
     *,
-    out: str | Path | None = None,  # a folder that keeps each variant's answers under its name
+    out: str | Path | None = None,  # a folder that keeps each variant's answers under its name and options
     max_length: int = 256,  # tokens of each text
     progress: bool = False,
 ) -> pd.DataFrame:  # index (choice, measure); `item`, `value` (summed nats, or 1 right, 0 wrong), `tokens`
     "What the model does with every text and question in each variant, as `measure_removal`; for `paired_difference`."
     for variant in variants.values():
         _variant(model, variant)  # its errors, before anything runs
-    paths = {name: RunDirectory(out).path(f"{name}.csv") if out else None for name in variants}
+    decides = dict(texts=texts, questions=questions, max_length=max_length)
+    run = _opened(out, variants, model=model, tokenizer=tokenizer, **decides) if out else None
     found = {}
-    for name, path in tqdm(paths.items(), desc="measuring plans", disable=not progress):
+    for name in tqdm(variants, desc="measuring plans", disable=not progress):
 
         def make() -> pd.DataFrame:
             return _measure_variant(model, tokenizer, variants[name], texts, questions, max_length)
 
-        found[name] = cached_table(path, make, index="measure") if path else make()
+        found[name] = run.cached_table(_file_name(name, variants[name]), make, index="measure") if run else make()
     return pd.concat(found, names=["choice"])
 
 # %% ../nbs/41_allocation.ipynb #02f8ab24

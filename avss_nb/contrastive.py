@@ -34,8 +34,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import QUESTION, batch_rows, check_tokens, distractor_kinds, encode_pair
 from .evaluation import is_causal
 from .hooks import block_input, hidden_state, model_inputs, read_activations
-from .models import blocks, explain_arguments, model_key
-from .runs import RunDirectory
+from .models import blocks, explain_arguments
+from .runs import RunDirectory, run_key
 from .surgery import PassThrough, check_layers, layer_of, replaced_blocks, skip_layers
 from .training import last_checkpoint, seeded_rng, train_adapter, trainer_arguments
 
@@ -755,9 +755,10 @@ def _claimed(out: str | Path, model: PreTrainedModel, plan: TrainingPlan, recipe
     "The folder of this training; ValueError where it holds another."
     in_rows = ("negatives", "template", "end")
     key = {name: value for name, value in vars(recipe).items() if name not in (*in_rows, "save_every")}
-    key |= dict(layers=plan.layers, targets=plan.targets, rows=rows_key(plan.rows))
-    key |= dict(parameters=model.num_parameters(), model=model_key(model))
-    return RunDirectory.open(out, key, note="contrastive.json", counts=plan.counts).folder
+    key |= dict(layers=plan.layers, targets=plan.targets, rows=rows_key(plan.rows), model=model)
+    return RunDirectory.open(
+        out, run_key("contrastive_tune", **key), note="contrastive.json", counts=plan.counts
+    ).folder
 
 
 def _prefix(reuse: bool | FrozenPrefix, model, tokenizer, plan: TrainingPlan, progress: bool) -> FrozenPrefix | None:

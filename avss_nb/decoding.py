@@ -27,7 +27,7 @@ from .hooks import input_device, read_activations
 from .intervals import bootstrap_interval
 from .labeling import generate_answers, normalize_answer
 from .models import blocks, explain_arguments
-from .runs import RunDirectory
+from .runs import RunDirectory, run_key
 from .surgery import check_layers, resume_at
 
 # %% ../nbs/35_decoding.ipynb #e57c7d7e
@@ -238,7 +238,7 @@ def dola_generate(
     "Answers by layer contrast (DoLa, arXiv 2309.03883); errors as in `dola` and `generate_answers`."
     with dola(model, layers, alpha=alpha, repetition_penalty=repetition_penalty):
         settings = dict(layers=_premature(model, layers), alpha=alpha, repetition_penalty=repetition_penalty)
-        folder = RunDirectory.open(out, settings).folder / "answers" if out else None
+        folder = RunDirectory.open(out, run_key("dola_generate", **settings)).folder / "answers" if out else None
         return generate_answers(model, tokenizer, questions, out=folder, **options)
 
 # %% ../nbs/35_decoding.ipynb #e35cand

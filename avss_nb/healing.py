@@ -6,7 +6,6 @@
 __all__ = ['healing_loss', 'heal']
 
 # %% ../nbs/25_healing.ipynb #125fb0de
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import check_tokens
 from .evaluation import token_nll
-from .models import explain_arguments, measuring, model_key, unwrap
-from .runs import RunDirectory
+from .models import explain_arguments, measuring, unwrap
+from .runs import RunDirectory, run_key
 from .training import check_trainable, pack_texts, seeded_rng, train_adapter, trainer_arguments
 
 if TYPE_CHECKING:
@@ -122,13 +121,8 @@ def _checked(model: nn.Module, teacher: nn.Module | None, options: dict) -> tupl
 # %% ../nbs/25_healing.ipynb #103b7fe1
 def _recipe(model: PreTrainedModel, rows: torch.Tensor, teacher: PreTrainedModel | None, options: dict) -> dict:
     "What decides the healed weights."
-    return {name: value for name, value in options.items() if name != "save_every"} | dict(
-        distilled=teacher is not None,
-        text=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16],
-        parameters=model.num_parameters(),
-        model=model_key(model),
-        teacher=None if teacher is None else model_key(teacher),
-    )
+    settings = {name: value for name, value in options.items() if name != "save_every"}
+    return run_key("heal", **settings, text=rows, model=model, teacher=teacher)
 
 # %% ../nbs/25_healing.ipynb #67d51046
 def _own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:

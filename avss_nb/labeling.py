@@ -39,8 +39,8 @@ from .data import QUESTION, Registry, batch_rows, check_tokens, encode_text
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import counts_own_positions, input_device, model_inputs
 from .intervals import bootstrap_interval
-from .models import atomic_write, check_tokenizer, explain_arguments, load_model, model_key, one_line
-from .runs import RunDirectory
+from .models import atomic_write, check_tokenizer, explain_arguments, load_model, one_line
+from .runs import RunDirectory, key_of, run_key
 
 # %% ../nbs/30_labeling.ipynb #7c5ea804
 STYLES = ("squad", "triviaqa", "nq", "raw")
@@ -433,9 +433,11 @@ class _Sampling:
     stop: tuple[str, ...]
     seed: int
 
-    def key(self, model: nn.Module, rows: list[dict], prompts: list[tuple]) -> dict:
-        "The settings of a folder of answers."
-        return dict(model=model_key(model), questions=_digest([rows, prompts]), **asdict(self), chunk=_CHUNK)
+    def key(self, model: nn.Module, tokenizer, rows: list[dict], prompts: list[tuple], ends: tuple) -> dict:
+        "The settings of a folder of answers; `ends`: the tokens and words that end one."
+        questions, ends_key = _digest([rows, prompts]), _digest([sorted(ends[0], key=str), ends[1]])
+        decides = asdict(self) | dict(questions=questions, ends=ends_key, chunk=_CHUNK)
+        return run_key("generate_answers", model=model, tokenizer=tokenizer, **decides)
 
     def draws(self, id: str) -> np.ndarray:
         "As `_draws`, for a question."
@@ -555,9 +557,9 @@ def _by_chunks(chunks: _Chunks, rows: list, prompts: list, n_answers: int, make:
 def _generated(model, tokenizer, rows, prompts, sampling: _Sampling, opener, batch_size, out, progress) -> Dataset:
     "Check everything, then generate; the work of `generate_answers`."
     _check_generation(model, tokenizer, rows, prompts, sampling)
-    chunks = _Chunks(out, sampling.key(model, rows, prompts))
     n_answers = 1 + sampling.n_samples
     ends, stop = _end_tokens(model, tokenizer), sampling.stop + opener
+    chunks = _Chunks(out, sampling.key(model, tokenizer, rows, prompts, (ends, stop)) if out else {})
     questions_at_once = max(1, batch_size // n_answers)
     make = partial(_answer_rows, model, tokenizer, sampling, ends, stop, questions_at_once)
     with _eval_mode(model):
@@ -807,11 +809,11 @@ def _ask(judge: Judge, name: str, rows: list[dict]) -> Iterator[str]:
         yield _as_label(verdict, name, row)
 
 # %% ../nbs/30_labeling.ipynb #60e5ac35
-class _Verdicts:
-    "The labels that a judge gave, by the digest of what it was shown; kept in a file where one is given."
+class _StoredVerdicts:
+    "The labels that a judge gave, by the digest of what it was shown; read from a file where one is given."
 
-    def __init__(self, judge: str, out: Path | None):
-        self.judge, self.out = judge, out
+    def __init__(self, judge: str, out: Path | None, key: object):  # key: of the judge, from `key_of`
+        self.judge, self.out, self.key = judge, out, key
         self.labels: dict[str, str] = self._read(out) if out and out.exists() else {}
 
     def _read(self, out: Path) -> dict[str, str]:
@@ -819,17 +821,27 @@ class _Verdicts:
             kept = json.loads(out.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             kept = None
-        if not isinstance(kept, dict) or not isinstance(kept.get("verdicts"), dict) or "judge" not in kept:
+        if (
+            not isinstance(kept, dict)
+            or not isinstance(kept.get("verdicts"), dict)
+            or not {"judge", "key"} <= kept.keys()
+        ):
             raise ValueError(f"{out} is damaged: delete it, and the judge is asked again")
         if kept["judge"] != self.judge:
             others = f"the verdicts of judge {kept['judge']!r}, not of {self.judge!r}"
             raise ValueError(f"{out} holds {others}: give another file")
+        if kept["key"] != self.key:
+            raise ValueError(f"{out} holds the verdicts of another judge named {self.judge!r}: give another file")
         return kept["verdicts"]
+
+# %% ../nbs/30_labeling.ipynb #fc4f9014
+class _Verdicts(_StoredVerdicts):
+    "… and kept in it."
 
     def save(self) -> None:
         "Write the file, if there is to be one."
         if self.out:
-            _write_text(self.out, json.dumps(dict(judge=self.judge, verdicts=self.labels)))
+            _write_text(self.out, json.dumps(dict(judge=self.judge, key=self.key, verdicts=self.labels)))
 
 # %% ../nbs/30_labeling.ipynb #ecaac8d2
 def _triple_key(row: dict) -> str:
@@ -855,7 +867,7 @@ def _by_judge(
     judge: Judge, name: str, rows: list[dict], out: Path | None, batch_size: int, progress: bool
 ) -> list[str]:
     "Labels by a judge, which is asked once about each triple, and not about what says nothing."
-    verdicts = _Verdicts(name, out)
+    verdicts = _Verdicts(name, out, key_of(judge) if out else None)
     labels = [_no_answer(row["answer"], row["answers"]) for row in rows]
     keys = [_triple_key(row) for row in rows]
     todo: dict[str, dict] = {}

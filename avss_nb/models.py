@@ -14,10 +14,14 @@ import importlib.util
 import io
 import json
 import os
+import platform
+import re
 import shutil
 import sys
 import tokenize
+import uuid
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,6 +29,7 @@ from inspect import cleandoc
 from pathlib import Path
 from types import FunctionType
 
+import psutil
 import torch
 import transformers
 from filelock import FileLock
@@ -68,16 +73,37 @@ def cache_folder() -> Path:
         return Path(os.environ["AVSS_NB_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "avss_nb"
 
+# %% ../nbs/10_models.ipynb #def06dbb
+def _machine() -> str:
+    "A short name of this machine."
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _is_abandoned(part: Path) -> bool:
+    "Whether a temporary file of this machine was left by a process that has ended."
+    named = re.fullmatch(rf"[0-9a-f]{{8}}\.{_machine()}\.(\d+)\.part", part.name)
+    if not named:
+        return False
+    try:  # another process may have got the number since
+        return psutil.Process(int(named[1])).create_time() > part.stat().st_mtime
+    except psutil.NoSuchProcess:
+        return True
+    except FileNotFoundError:
+        return False
+
 # %% ../nbs/10_models.ipynb #2e9d11f8
 def atomic_write(
     path: str | Path,
     write: Callable[[Path], object],  # gets the temporary file to write to
 ) -> None:
-    "Write a file that is there completely or not at all; OSError naming the path."
+    "Write a file that is there completely or not at all, also when several write it at a time; OSError naming it."
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{uuid.uuid4().hex[:8]}.{_machine()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob("*.part"):
+            if _is_abandoned(other):
+                other.unlink(missing_ok=True)
         write(part)
         os.replace(part, path)
     except OSError as error:

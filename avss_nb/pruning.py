@@ -23,7 +23,7 @@ from .data import Registry
 from .evaluation import answer_questions, classify, perplexity_retention, retention_interval, text_losses
 from .intervals import bootstrap_interval
 from .models import blocks, explain_arguments
-from .runs import cached_table
+from .runs import RunDirectory, run_key
 from .surgery import check_layers, skip_layers
 
 # %% ../nbs/22_pruning.ipynb #9149f989
@@ -133,9 +133,12 @@ def _measure_choices(
     "The items of each choice of layers; read from the folder `out` where they are there already."
     found = {}
     texts, questions, sentences = data
+    decides = dict(texts=texts, questions=questions, sentences=sentences, max_length=max_length)
+    key = run_key("measure_removal", model=model, tokenizer=tokenizer, **decides) if out else {}
+    run = RunDirectory.open(out, key) if out else None
     for layers in choices:
         make = partial(measure_items, model, tokenizer, texts, questions, sentences, layers, max_length)
-        items = cached_table(Path(out) / f"{_choice_name(layers)}.csv", make, index="measure") if out else make()
+        items = run.cached_table(_choice_name(layers), make, index="measure") if run else make()
         found[layers] = items.assign(removes=" ".join(map(str, layers)))
     return found
 
@@ -153,7 +156,7 @@ def measure_removal(
     progress: bool = False,
 ) -> pd.DataFrame:  # index (choice, measure); `item`, `value` (summed nats, or 1 right, 0 wrong), `tokens`, `removes`
     """What the model does with every item without each choice of layers; equal choices are measured once.
-    ValueError as in `check_layers`, before anything runs."""
+    ValueError as in `check_layers`, or for an `out` of other work, before anything runs."""
     layers_of = {name: tuple(check_layers(layers, len(blocks(model)))) for name, layers in choices.items()}
     different = tqdm(dict.fromkeys(layers_of.values()), desc="removing layers", disable=not progress)
     found = _measure_choices(model, tokenizer, different, (texts, questions, sentences), max_length, out)

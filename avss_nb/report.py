@@ -7,9 +7,9 @@ __all__ = ['STAGES', 'ANSWER_TABLES', 'TUNED', 'SPARSE', 'TABLES', 'SCORE_LABELS
            'MARKERS', 'SECTION_STAGES', 'data_names', 'study_texts', 'study_data', 'model_source', 'torch_dtype',
            'model_config', 'memory_in_words', 'work_plan', 'plan_in_words', 'Study', 'layer_profile',
            'measure_sensitivity', 'wrong_answers', 'healed_items', 'tuned_variants', 'sparse_plans', 'load_causal',
-           'measure_in_stages', 'measure', 'load_study', 'summary', 'in_words', 'still_to_come', 'plot_profile',
-           'plot_retention', 'plot_certainty', 'plot_sensitivity', 'plot_hallucination_profile', 'plot_tuned',
-           'plot_sparse', 'removal_table', 'write_report', 'run_study']
+           'study_key', 'measure_in_stages', 'measure', 'load_study', 'summary', 'in_words', 'still_to_come',
+           'plot_profile', 'plot_retention', 'plot_certainty', 'plot_sensitivity', 'plot_hallucination_profile',
+           'plot_tuned', 'plot_sparse', 'removal_table', 'write_report', 'run_study']
 
 # %% ../nbs/50_report.ipynb #2a23808e
 import importlib.resources
@@ -58,7 +58,7 @@ from avss_nb.pruning import (
     retention_table,
     select_layers,
 )
-from .runs import RunDirectory, cached_table, check_run
+from .runs import RunDirectory, cached_table, check_run, key_of
 from .sparsity import projection_stats
 from .surgery import prune_layers
 from .training import pack_texts
@@ -760,11 +760,20 @@ def load_causal(
     return model, tokenizer
 
 # %% ../nbs/50_report.ipynb #def5a871
+def study_key(
+    settings: Settings,
+    data: dict,  # from `study_data`
+) -> dict:
+    "The key of a study's folder: the settings, and what the folders of its model and data hold."
+    own_data = dict(data_content=key_of(data)) if settings.data else {}
+    return asdict(settings) | content_key(settings.model) | own_data
+
+# %% ../nbs/50_report.ipynb #9564c7bf
 def _open_study(settings: Settings, out: Path, trust_remote_code: bool) -> _Measurement:
     "Everything that a study needs, checked; then its folder is claimed."
-    key = asdict(settings) | content_key(settings.model)
-    check_run(out, key)
     data = study_data(settings)
+    key = study_key(settings, data)
+    check_run(out, key)
     model, tokenizer = load_causal(settings, trust_remote_code=trust_remote_code)
     if settings.heal_steps:
         pack_texts(data["train"], tokenizer, max_length=128, batch_size=4)

@@ -51,8 +51,8 @@ from avss_nb.importance import (
     score_names,
 )
 from .metrics import N_BINS, STREAM, LayerStats, collect_stats
-from .models import atomic_write, blocks, explain_arguments, model_key
-from .runs import RunDirectory, check_run, key_of
+from .models import atomic_write, blocks, explain_arguments
+from .runs import RunDirectory, check_run, key_of, run_key
 
 # %% ../nbs/52_scale.ipynb #39f50c57
 _GROUPS: dict[int, dist.ProcessGroup] = {}  # by world size
@@ -283,9 +283,9 @@ def _plain(value) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _claim(out: str | Path, items, chunk: int, settings: dict, timeout: float) -> None:
+def _claim(out: str | Path, work: Callable, items, chunk: int, settings: dict, timeout: float) -> None:
     "The first process notes what is asked; the others read the note."
-    asked = dict(items=len(items), content=_fingerprint(items), chunk=chunk, **settings)
+    asked = run_key(key_of(work), items=len(items), content=_fingerprint(items), chunk=chunk, **settings)
     if rank_and_world_size()[0] == 0:
         RunDirectory.open(out, asked)
     _wait_for_everyone(timeout)
@@ -345,7 +345,7 @@ def map_between_processes(
     items; TimeoutError naming who did not come."""
     items = _checked(items, chunk)
     if out is not None:
-        _claim(out, items, chunk, settings, timeout)
+        _claim(out, work, items, chunk, settings, timeout)
     packed = _packed(_own_chunks(work, items, out, chunk, progress), len(items))
     gathered = [_unpacked(data) for data in _gather_bytes(packed, timeout)]
     _check_alike(gathered)
@@ -390,7 +390,7 @@ def distributed_layer_scores(
     if wrong := [method for method in methods if method not in known]:
         raise ValueError(f"{wrong[0]!r} is not a sum over texts: run layer_scores in one process")
     if out:
-        options["settings"] = dict(model=model_key(model)) | options.get("settings", {})
+        options["settings"] = dict(model=model) | options.get("settings", {})
 
     def run(name: str, work: Callable, **more) -> Any:
         return map_between_processes(work, batches, out=Path(out) / name if out else None, **more, **options)

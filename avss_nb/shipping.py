@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from .data import batches
 from .hooks import model_inputs
 from .importance import layer_scores, score_names
-from .models import blocks, content_key, explain_arguments
+from .models import blocks, explain_arguments
 from .options import Settings
 from .pruning import chance_level, measure_removal, retention_table, select_layers
-from .report import healed_items, load_causal, study_data
-from .runs import RunDirectory, cached_table
+from .report import healed_items, load_causal, study_data, study_key
+from .runs import RunDirectory, cached_table, key_of
 from .surgery import prune_layers
 from .training import pack_texts
 
@@ -205,7 +205,7 @@ class _Run(_Checked):
 
     def open(self):
         "Claim the folder of the unfinished run."
-        key = self.recipe | content_key(self.settings.model)
+        key = self.recipe | study_key(self.settings, self.data) | dict(given=key_of(self.given))
         self.work = RunDirectory.open(self.out.with_name(f"{self.out.name}.partial"), key, note="recipe.json").folder
         self.tests = self.data["held_out"], self.data["questions"], self.data["sentences"]
 

@@ -392,7 +392,7 @@ def pruned(out: Path, model: Path):
     "work, note", [(claimed, "out/settings.json"), (pruned, "out.partial/recipe.json")], ids=["study", "prune"]
 )
 def test_another_model_at_the_same_path(at_hand, model_folder, tmp_path, monkeypatch, work, note, change):
-    "Refused; times of change do not count, and notes from before know no content."
+    "Refused, as is a note that knows no content; times of change do not count."
 
     def stop(*args, **options):
         raise Begun
@@ -419,7 +419,8 @@ def test_another_model_at_the_same_path(at_hand, model_folder, tmp_path, monkeyp
     old = json.loads(before)
     del old["settings"]["content"]
     note.write_text(json.dumps(old))
-    begun()
+    with pytest.raises(ValueError, match="holds a run with no content: choose another folder"):
+        work(tmp_path / "out", model)
 
 
 def tuned_in(out: Path, model):
@@ -534,5 +535,14 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
 
 def test_a_folder_whose_note_was_being_written(tmp_path):
     "Killed at its first file: the folder is that run's."
-    (tmp_path / "settings.json.part").write_text('{"sett')
+    code = """
+import os, sys
+from avss_nb.models import atomic_write
+def write(part):
+    part.write_text('{"sett')
+    os.kill(os.getpid(), 9)
+atomic_write(sys.argv[1], write)
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path / "settings.json"])
+    assert len(files(tmp_path)) == 1
     assert files(RunDirectory.open(tmp_path, dict(seed=0)).folder) == ["settings.json"]

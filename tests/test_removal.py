@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
     monkeypatch.setattr(avss_nb.pruning, "measure_items", measure)
     with pytest.raises(KeyboardInterrupt):
         measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["base_model.csv"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base_model.csv", "settings.json"]
     resumed = measure_removal(model, tokenizer, CHOICES, *data, out=tmp_path)
     assert begun == [(), (2,), (2,), ("mlp.1",)]  # the base model once, equal choices once
     pd.testing.assert_frame_equal(resumed, items, check_exact=True)
