@@ -30,7 +30,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .hooks import counts_own_positions
-from .models import explain_arguments, one_line
+from .models import explain_arguments, one_line, text_config
 
 # %% ../nbs/12_data.ipynb #61bb76d3
 _TEXT, _TEXTS = Value("string"), List(Value("string"))
@@ -782,14 +782,11 @@ class TextTooLong(ValueError):
 # %% ../nbs/12_data.ipynb #5480d9e2
 def model_window(model: nn.Module) -> int | None:
     "How many tokens a model takes at once; None where its config names no limit."
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    window = getattr(text_config, "max_position_embeddings", None)
+    config = text_config(model)
+    window = getattr(config, "max_position_embeddings", None)
     if not isinstance(window, int) or window < 1:
         return None
-    return window - text_config.pad_token_id - 1 if counts_own_positions(model) else window
+    return window - config.pad_token_id - 1 if counts_own_positions(model) else window
 
 # %% ../nbs/12_data.ipynb #3397792f
 def check_tokens(

@@ -13,14 +13,13 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .models import blocks, explain_arguments, measuring, uncompiled, unwrap
+from .models import blocks, explain_arguments, measuring, one_line, text_config, uncompiled, unwrap
 
 POINTS = ("input", "output", "update", "relative_update", "attention", "mlp", "mlp_hidden")
 
@@ -342,9 +341,8 @@ def _asking(model: nn.Module) -> Iterator[None]:
 # %% ../nbs/11_hooks.ipynb #7b3d17cd
 def _probe_rows(model: nn.Module) -> torch.Tensor:
     "(2, 6): token ids, different in the last place alone, without the pad token."
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size, pad = getattr(text_config, "vocab_size", None) or 9, getattr(text_config, "pad_token_id", None)
+    config = text_config(model)
+    size, pad = getattr(config, "vocab_size", None) or 9, getattr(config, "pad_token_id", None)
     ids = torch.tensor([i for i in range(3, 11) if i != pad][:7]) % size
     return torch.stack([ids[:6], ids[[0, 1, 2, 3, 4, 6]]])
 
@@ -385,14 +383,15 @@ _ASKED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 def _ask(model: nn.Module, question: str, probe: Callable[[], bool]) -> bool:
-    "The answer of a probe, asked once of each model; no where the probe cannot run: the work will say why."
+    "The answer of a probe, asked once of each model; ValueError naming what the probe itself raises."
     answers = _ASKED.setdefault(model, {})
     if question not in answers:
         try:
             with _asking(model):
                 answers[question] = probe()
-        except Exception:
-            answers[question] = False
+        except Exception as error:
+            why = f"{type(error).__name__}: {one_line(error)}"
+            raise ValueError(f"cannot find out whether {type(model).__name__} {question}: {why}") from error
     return answers[question]
 
 
@@ -407,7 +406,8 @@ def reads_ahead(model: nn.Module) -> bool:
 def _check_padding(model: nn.Module, mask: torch.Tensor) -> None:
     "ValueError where a batch is padded at a side at which the padding changes what the model says."
     for side, edge in (("left", mask[:, 0]), ("right", mask[:, -1])):
-        if (edge == 0).any() and _ask(model, side, lambda: _padding_changes(model, side)):
+        question = f"is changed by padding on the {side}"
+        if (edge == 0).any() and _ask(model, question, lambda: _padding_changes(model, side)):
             raise ValueError(
                 f"{type(model).__name__} does not leave out padding on the {side}: "
                 f"give one row a batch{', or pad on the right' if side == 'left' else ''}"

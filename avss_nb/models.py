@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'bundled_gguf', 'bundled_encoder', 'cache_folder', 'atomic_write', 'one_line', 'convert_gguf',
            'resolve_model', 'unwrap', 'check_merged', 'uncompiled', 'measuring', 'check_tokenizer', 'load_model',
-           'content_key', 'model_key', 'blocks', 'shared_copy', 'explain_arguments']
+           'content_key', 'model_key', 'text_config', 'blocks', 'shared_copy', 'explain_arguments']
 
 # %% ../nbs/10_models.ipynb #1053c450
 import ast
@@ -28,6 +28,7 @@ from copy import deepcopy
 from inspect import cleandoc
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import psutil
 import torch
@@ -428,13 +429,15 @@ def model_key(model: nn.Module) -> str:
     return f"{type(model).__name__}, {n_parameters:,} parameters, {digest}"
 
 # %% ../nbs/10_models.ipynb #4e976b1a
+def text_config(model: nn.Module) -> Any:  # None for a model without a config
+    "The config of a model, of one with several parts that of its text decoder."
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _configured_layers(model: nn.Module) -> int | None:
     "The number of layers that the config of a model, or of its text decoder, names; None without one."
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text_config, "num_hidden_layers", None)
+    return getattr(text_config(model), "num_hidden_layers", None)
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -121,11 +121,9 @@ def check_trainable(model: nn.Module) -> None:
     "ValueError for a model with adapters, or with weights that are offloaded."
     check_merged(model, "training")
     if any(p.is_meta for p in model.parameters()):
-        raise ValueError(
-            f"training needs weights that are in memory, and some of this {type(unwrap(model)).__name__} "
-            "are offloaded: "
-            "load it without `offload_folder` and with a `device_map` that holds it"
-        )
+        remedy = "load it without `offload_folder` and with a `device_map` that holds it"
+        name = type(unwrap(model)).__name__
+        raise ValueError(f"training needs weights in memory, and some of this {name} are offloaded: {remedy}")
 
 
 def _wrapped(model: PreTrainedModel, config: "LoraConfig") -> nn.Module:

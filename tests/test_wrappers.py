@@ -258,6 +258,15 @@ def test_asking_leaves_no_trace():
         assert not is_causal(ahead)
 
 
+def test_a_question_that_cannot_be_asked_is_named(monkeypatch):
+    model = tiny("gpt2")
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: torch.zeros(3) @ torch.zeros(4))
+    with pytest.raises(ValueError, match="cannot find out whether GPT2LMHeadModel reads ahead: RuntimeError: incons"):
+        is_causal(model)
+    with pytest.raises(ValueError, match="whether GPT2LMHeadModel is changed by padding on the left: RuntimeError"):
+        model_inputs(model, batch_of(5, 3, side="left"))
+
+
 BLIND = dict(
     rwkv=lambda: tiny("rwkv", attention_hidden_size=32, context_length=64),
     xlstm=lambda: tiny("xlstm", num_heads=2),
