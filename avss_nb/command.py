@@ -162,13 +162,23 @@ def _scores() -> dict[str, str]:
     )
     return {name: kinds[score.source] for name, score in SCORES.items()}
 
-
+# %% ../nbs/53_command.ipynb #08fcdd24
 LISTS = dict(models=_models, data=_data, scores=_scores, tasks=_tasks)
+
+
+def _model(options: Namespace) -> dict[str, str]:
+    "What a model can do -> yes, no, or why that cannot be found out."
+    if not options.name:
+        raise ValueError("say which model: avss ls model NAME")
+    from avss_nb.hooks import capabilities
+    from avss_nb.models import load_model
+
+    return capabilities(load_model(options.name, trust_remote_code=options.trust_remote_code)[0])
 
 
 def _ls(options: Namespace) -> int:
     "The command `avss ls`."
-    found = LISTS[options.kind]()
+    found = _model(options) if options.kind == "model" else LISTS[options.kind]()
     width = max(map(len, found))
     for name, meaning in found.items():
         print(f"{name:{width}}  {meaning}")
@@ -227,10 +237,12 @@ def _add_prune(commands):
 def _add_ls(commands):
     parser = commands.add_parser(
         "ls",
-        help="list what can be asked for by name",
-        description="List the models, data sets, scores or tasks that can be asked for by name.",
+        help="list what can be asked for by name, or what a model can do",
+        description="List the models, data sets, scores or tasks that can be asked for by name, or what a model can do.",
     )
-    parser.add_argument("kind", choices=tuple(LISTS), help="what to list")
+    parser.add_argument("kind", choices=(*LISTS, "model"), help="what to list")
+    parser.add_argument("name", nargs="?", help="for `model`: a short name, folder, GGUF file or hub id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_ls)
 

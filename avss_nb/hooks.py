@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['POINTS', 'ATTENTION_PATHS', 'MLP_PATHS', 'OF_STREAM', 'hidden_state', 'check_stream', 'block_input',
            'relative_update', 'first_submodule', 'sublayers', 'sublayer', 'check_points', 'ActivationReader',
-           'read_activations', 'input_device', 'counts_own_positions', 'without_hooks', 'reads_ahead', 'model_inputs',
-           'run_blocks']
+           'read_activations', 'input_device', 'counts_own_positions', 'without_hooks', 'reads_ahead',
+           'sublayers_add_up', 'model_inputs', 'run_blocks', 'capabilities']
 
 # %% ../nbs/11_hooks.ipynb #3c7bc629
 import inspect
@@ -378,6 +378,18 @@ def _padding_changes(model: nn.Module, side: str) -> bool:
     alone, padded = _answer(model, row, ones), _answer(model, ids, mask)[mask.bool()]
     return bool((alone[0] - padded).abs().max() > 10 * _rounding(model) * alone.std())
 
+# %% ../nbs/11_hooks.ipynb #4f9e4cd0
+def _adds_up(model: nn.Module) -> bool:
+    "Whether each block gives its input plus what its attention and its MLP give."
+    points, found = ("input", "attention", "mlp", "output"), {}
+    with read_activations(model, points, lambda layer, point, x: found.update({(layer, point): x.float().clone()})):
+        _answer(model, _probe_rows(model)[:1], torch.ones(1, 6, dtype=torch.long))
+    for layer in range(len(blocks(model))):
+        x, attention, mlp, y = (found[layer, point] for point in points)
+        if (x + attention + mlp - y).norm() > _rounding(model) * y.norm():
+            return False
+    return True
+
 # %% ../nbs/11_hooks.ipynb #2f2fc7f2
 _ASKED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
@@ -394,7 +406,7 @@ def _ask(model: nn.Module, question: str, probe: Callable[[], bool]) -> bool:
             raise ValueError(f"cannot find out whether {type(model).__name__} {question}: {why}") from error
     return answers[question]
 
-
+# %% ../nbs/11_hooks.ipynb #c22f253a
 def reads_ahead(model: nn.Module) -> bool:
     "Whether a later token changes what a model says at an earlier one; one with an encoder reads the whole text."
     model = unwrap(model)
@@ -402,12 +414,22 @@ def reads_ahead(model: nn.Module) -> bool:
         return True
     return _ask(model, "reads ahead", lambda: _later_changes_earlier(model))
 
+
+def sublayers_add_up(model: nn.Module) -> bool:
+    "Whether each block gives its input plus what its attention and its MLP give, so that one of them can be removed."
+    model = unwrap(model)
+    return _ask(model, "adds up its sublayers", lambda: _adds_up(model))
+
 # %% ../nbs/11_hooks.ipynb #ab843676
+def _sees_padding(model: nn.Module, side: str) -> bool:
+    "Whether padding on a side, left or right, changes what the model says."
+    return _ask(model, f"is changed by padding on the {side}", lambda: _padding_changes(model, side))
+
+
 def _check_padding(model: nn.Module, mask: torch.Tensor) -> None:
     "ValueError where a batch is padded at a side at which the padding changes what the model says."
     for side, edge in (("left", mask[:, 0]), ("right", mask[:, -1])):
-        question = f"is changed by padding on the {side}"
-        if (edge == 0).any() and _ask(model, question, lambda: _padding_changes(model, side)):
+        if (edge == 0).any() and _sees_padding(model, side):
             raise ValueError(
                 f"{type(model).__name__} does not leave out padding on the {side}: "
                 f"give one row a batch{', or pad on the right' if side == 'left' else ''}"
@@ -435,6 +457,28 @@ def run_blocks(
     body = getattr(model, "base_model", model)
     with torch.no_grad(), measuring(model):
         return body(**model_inputs(body, batch))
+
+# %% ../nbs/11_hooks.ipynb #4c867c91
+_QUESTIONS: dict[str, Callable[[nn.Module], bool]] = {
+    "reads a text from left to right": lambda model: not reads_ahead(model),
+    "leaves out padding on the left": lambda model: not _sees_padding(model, "left"),
+    "leaves out padding on the right": lambda model: not _sees_padding(model, "right"),
+    "adds up its sublayers": sublayers_add_up,
+}
+
+
+def capabilities(
+    model: nn.Module,  # also in a wrapper
+) -> dict[str, str]:  # question -> yes, no, or why it cannot be found out
+    "What a model can do, found out by running it on six tokens. ValueError for a model without blocks."
+    model, found = unwrap(model), {}
+    found["layers"] = f"{len(blocks(model))} {type(blocks(model)[0]).__name__}"
+    for question, ask in _QUESTIONS.items():
+        try:
+            found[question] = "yes" if ask(model) else "no"
+        except ValueError as error:
+            found[question] = one_line(error)
+    return found
 
 # %% ../nbs/11_hooks.ipynb #8e33cfb2
 explain_arguments(globals())

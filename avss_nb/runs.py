@@ -164,13 +164,18 @@ class RunDirectory(_Folder):
         return run
 
 # %% ../nbs/15_runs.ipynb #9bc9ae3f
+def _as_text(value) -> str:
+    "An object in words, without its place in memory."
+    return re.sub(" at 0x[0-9a-f]+", "", str(value))
+
+
 def _lossless(value) -> object:
     "For JSON: arrays and tables with all their numbers, functions and objects as `key_of`, other things as text."
     if isinstance(value, torch.Tensor) or isinstance(value, np.ndarray) and value.ndim:
         return value.tolist()
     if isinstance(value, pd.DataFrame | pd.Series):
         return value.to_csv()
-    return key_of(value) if hasattr(value, "__dict__") else re.sub(" at 0x[0-9a-f]+", "", str(value))
+    return key_of(value) if hasattr(value, "__dict__") else _as_text(value)
 
 
 def _digest(value) -> str:
@@ -276,6 +281,8 @@ def _parts(value) -> tuple[str, list, dict]:
         return value.__name__, _steps(value), _globals(value) | _carried(value)
     if hasattr(value, "__qualname__"):  # a class, or a function in C
         return value.__qualname__, [], {}
+    if not hasattr(value, "__dict__"):  # an object in C
+        return _as_text(value), [], {}
     methods = [part for kind in type(value).__mro__ for part in vars(kind).values() if isinstance(part, FunctionType)]
     return type(value).__name__, [_steps(part) for part in methods], _attributes(value)
 

@@ -17,7 +17,16 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from .hooks import block_input, hidden_state, input_device, model_inputs, sublayer, without_hooks
+from avss_nb.hooks import (
+    block_input,
+    hidden_state,
+    input_device,
+    model_inputs,
+    reads_ahead,
+    sublayer,
+    sublayers_add_up,
+    without_hooks,
+)
 from .models import blocks, check_merged, explain_arguments, measuring, one_line, shared_copy, uncompiled, unwrap
 
 # %% ../nbs/21_surgery.ipynb #fb4d9ec1
@@ -155,6 +164,15 @@ def check_layers(
         raise ValueError(f"all {n_layers} layers are named: nothing would be left")
     return units
 
+# %% ../nbs/21_surgery.ipynb #f9452a61
+def _check_sublayers(model: nn.Module, units: Iterable[int | str]) -> None:
+    """ValueError where sublayers are named, and a decoder's blocks are not the sum of their input and their sublayers.
+    Encoders may norm the sum, as BERT: there a sublayer is left out of it, and the norm stays."""
+    named = any(isinstance(unit, str) for unit in units)
+    if named and not reads_ahead(model) and not sublayers_add_up(model):
+        name = type(unwrap(model)).__name__
+        raise ValueError(f"a block of {name} is not the sum of its input, attention and MLP: remove whole blocks")
+
 # %% ../nbs/21_surgery.ipynb #12edfeeb
 @contextmanager
 def replaced_blocks(
@@ -211,8 +229,10 @@ def skip_layers(
     """Context manager: inside, the model runs without these; ValueError as in `check_layers`,
     or for a block whose sublayers cannot be distinguished."""
     own = blocks(model)
+    units = check_layers(layers, len(own), every=every)
+    _check_sublayers(model, units)
     skipped, zeroed = [], []
-    for unit in check_layers(layers, len(own), every=every):
+    for unit in units:
         if isinstance(unit, str):
             zeroed.append(sublayer(own[layer_of(unit)], unit.split(".")[0], layer_of(unit)))
         else:
@@ -389,6 +409,7 @@ def prune_layers(
     check_merged(model, "prune_layers")
     model, stack = unwrap(model), blocks(model)
     units = check_layers(layers, len(stack))
+    _check_sublayers(model, units)
     _check_prunable(model)
     path = next(name for name, module in model.named_modules() if module is stack)
     kept = [i for i in range(len(stack)) if i not in units]
