@@ -43,6 +43,7 @@ from .detection import detector_scores, eavss_detector, evaluate_detectors
 from .eavss import answer_stats, hallucination_profile, log_avss, plot_hallucination
 from .evaluation import is_causal
 from .healing import heal
+from .hooks import capabilities
 from .importance import layer_scores, loss_increase, rank_agreement, removal_losses, score_names
 from .labeling import generate_answers, label_answers, label_counts
 from .metrics import LayerStats, avss, collect_stats, sparsity, variance
@@ -779,7 +780,7 @@ def _open_study(settings: Settings, out: Path, trust_remote_code: bool) -> _Meas
         pack_texts(data["train"], tokenizer, max_length=128, batch_size=4)
     if settings.tune_steps:
         contrastive_rows(tokenizer, data["learn"])
-    RunDirectory.open(out, key, device=_device_name(settings))
+    RunDirectory.open(out, key, device=_device_name(settings), capabilities=capabilities(model))
     progress = _Progress(work_plan(settings, len(blocks(model))))
     return _Measurement(model, tokenizer, data, settings, out, progress)
 
