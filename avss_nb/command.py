@@ -238,7 +238,7 @@ def _add_ls(commands):
     parser = commands.add_parser(
         "ls",
         help="list what can be asked for by name, or what a model can do",
-        description="List the models, data sets, scores or tasks that can be asked for by name, or what a model can do.",
+        description="List the models, data, scores or tasks that can be asked for by name, or what a model can do.",
     )
     parser.add_argument("kind", choices=(*LISTS, "model"), help="what to list")
     parser.add_argument("name", nargs="?", help="for `model`: a short name, folder, GGUF file or hub id")

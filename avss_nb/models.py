@@ -30,6 +30,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+# %% ../nbs/10_models.ipynb #bb44ed54
 import psutil
 import torch
 import transformers

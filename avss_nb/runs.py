@@ -20,9 +20,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from opcode import opmap
 from pathlib import Path
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
+# %% ../nbs/15_runs.ipynb #91e37f91
 import numpy as np
 import pandas as pd
 import torch
@@ -149,7 +152,7 @@ class RunDirectory(_Folder):
     def open(
         cls,  # this class, or one made of it
         folder: str | Path,
-        key: dict,  # from `run_key`, or settings, model, data: what decides the results; ready for JSON
+        key: dict,  # settings, model, data: what decides the results, as `run_key` gives it
         *,
         note: str = "settings.json",
         **more,  # kept in the note, and not compared: the device, say
@@ -249,12 +252,23 @@ def _carried(function: FunctionType) -> dict:
         found[name] = cell.cell_contents
     return found
 
+# %% ../nbs/15_runs.ipynb #c17d13b4
+_CHANGING = frozenset("append extend insert add update setdefault pop popleft remove clear discard".split())
+_STORE_SUBSCR = opmap["STORE_SUBSCR"]
 
-def _globals(function: FunctionType) -> dict:
-    "The names of its own module that a function reads; imported modules decide nothing."
+
+def _changes_containers(function: FunctionType) -> bool:
+    "Whether a function changes lists, dicts or sets, such as one that it counts its calls in."
+    codes = _codes(function.__code__)
+    return any(_CHANGING & set(code.co_names) or _STORE_SUBSCR in code.co_code[::2] for code in codes)
+
+
+def _read_by(function: FunctionType) -> dict:
+    "By name, what a function reads besides its arguments; of one that changes containers without these."
     names = {name for code in _codes(function.__code__) for name in code.co_names}
     found = {name: function.__globals__[name] for name in sorted(names & function.__globals__.keys())}
-    return {name: value for name, value in found.items() if not isinstance(value, ModuleType)}
+    left_out: tuple = (ModuleType, list, dict, set) if _changes_containers(function) else (ModuleType,)
+    return {name: value for name, value in (found | _carried(function)).items() if not isinstance(value, left_out)}
 
 # %% ../nbs/15_runs.ipynb #10efe1f3
 _HOW_FAST = ("batch_size", "progress")  # attributes that decide no result
@@ -278,7 +292,7 @@ def _parts(value) -> tuple[str, list, dict]:
     if isinstance(value, FunctionType):
         if _is_library(value):
             return value.__qualname__, [], _carried(value)
-        return value.__name__, _steps(value), _globals(value) | _carried(value)
+        return value.__name__, _steps(value), _read_by(value)
     if hasattr(value, "__qualname__"):  # a class, or a function in C
         return value.__qualname__, [], {}
     if not hasattr(value, "__dict__"):  # an object in C
@@ -304,7 +318,7 @@ def _content(model: nn.Module) -> str:
         if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             found.append([name, str(tensor.dtype), list(tensor.shape), zlib.crc32(data)])
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     for name in sorted(settings):
         if not name.startswith("_") and name not in _SILENT_SETTINGS:
@@ -322,6 +336,14 @@ def _package(value) -> str:
     return (value.__module__ or "").split(".")[0]
 
 
+def _hook_key(hook) -> str:
+    "A hook by its name and the numbers and words that it goes by; lists may grow while the model runs."
+    if isinstance(hook, FunctionType):
+        plain = {name: value for name, value in _carried(hook).items() if isinstance(value, str | int | float)}
+        return f"{hook.__qualname__} {_digest(plain)}"
+    return _object_key(hook, depth=2)
+
+# %% ../nbs/15_runs.ipynb #3be0307e
 def _state(model: nn.Module) -> list:
     "What decides an output besides weights: by module, sparse inputs, a skipped block, an adapter on or off, hooks."
     found: list = []
@@ -332,7 +354,7 @@ def _state(model: nn.Module) -> list:
             found.append([name, module.disable_adapters, module.active_adapters, module.merged_adapters])
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if _package(hook) not in _PLAIN:
-                found.append([name, key_of(hook)])
+                found.append([name, _hook_key(hook)])
     return found
 
 # %% ../nbs/15_runs.ipynb #f993de43

@@ -285,7 +285,7 @@ def _plain(value) -> Any:
 
 def _claim(out: str | Path, work: Callable, items, chunk: int, settings: dict, timeout: float) -> None:
     "The first process notes what is asked; the others read the note."
-    asked = run_key(key_of(work), items=len(items), content=_fingerprint(items), chunk=chunk, **settings)
+    asked = run_key(str(key_of(work)), items=len(items), content=_fingerprint(items), chunk=chunk, **settings)
     if rank_and_world_size()[0] == 0:
         RunDirectory.open(out, asked)
     _wait_for_everyone(timeout)
