@@ -58,12 +58,9 @@ def relative_update(
 ) -> torch.Tensor:  # (B, T, d) float32, without unit
     "(y − x) / RMS(x) per token (our reading). A token whose x is zero has no relative update: 0."
     x = x.float()
-    largest = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
-    exponent = torch.frexp(largest).exponent.clamp_(-126, 126)
-    scale = torch.ldexp(torch.ones_like(largest), -exponent)  # a power of two: exact, and squares stay in range
-    norm = torch.linalg.vector_norm(x * scale, dim=-1, keepdim=True)
-    rms = norm.div_(x.shape[-1] ** 0.5).clamp_min_(torch.finfo(torch.float32).tiny)
-    return y.float().sub(x).mul_(scale).div_(rms).masked_fill_(largest == 0, 0)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)  # squares of large numbers fit
+    factor = (x.shape[-1] ** 0.5 / norm).clamp_max_(torch.finfo(torch.float32).max)
+    return y.float().sub(x).mul_(factor.masked_fill_(norm == 0, 0).float())
 
 # %% ../nbs/11_hooks.ipynb #da509a2b
 ATTENTION_PATHS = (
@@ -339,11 +336,16 @@ def _asking(model: nn.Module) -> Iterator[None]:
         yield
 
 # %% ../nbs/11_hooks.ipynb #7b3d17cd
+def _n_tokens(model: nn.Module) -> int:
+    "How many token ids a model knows: as its config says, or as its first embedding has rows."
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    return getattr(text_config(model), "vocab_size", None) or (tables[0].num_embeddings if tables else 9)
+
+
 def _probe_rows(model: nn.Module) -> torch.Tensor:
     "(2, 6): token ids, different in the last place alone, without the pad token."
-    config = text_config(model)
-    size, pad = getattr(config, "vocab_size", None) or 9, getattr(config, "pad_token_id", None)
-    ids = torch.tensor([i for i in range(3, 11) if i != pad][:7]) % size
+    pad = getattr(text_config(model), "pad_token_id", None)
+    ids = torch.tensor([i for i in range(3, 11) if i != pad][:7]) % _n_tokens(model)
     return torch.stack([ids[:6], ids[[0, 1, 2, 3, 4, 6]]])
 
 
