@@ -19,6 +19,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dis import get_instructions
 from functools import partial
 from opcode import opmap
 from pathlib import Path
@@ -274,10 +275,21 @@ def _read_by(function: FunctionType) -> dict:
 _HOW_FAST = ("batch_size", "progress")  # attributes that decide no result
 
 
+def _methods(value) -> list[FunctionType]:
+    "The methods of an object that are no library's."
+    found = [part for kind in type(value).__mro__ for part in vars(kind).values() if isinstance(part, FunctionType)]
+    return [method for method in found if not _is_library(method)]
+
+
 def _attributes(value) -> dict:
-    "The attributes of an object that may decide what it does."
+    "The attributes of an object, without those that its methods set or fill, such as a counter."
+    methods = [method for method in _methods(value) if method.__name__ != "__init__"]
+    left_out: tuple = (list, dict, set) if any(_changes_containers(method) for method in methods) else ()
+    names = set(_HOW_FAST)
+    for method in methods:
+        names |= {step.argval for step in get_instructions(method) if step.opname == "STORE_ATTR"}
     own = getattr(value, "__dict__", {})
-    return {name: part for name, part in own.items() if not name.startswith("_") and name not in _HOW_FAST}
+    return {name: part for name, part in own.items() if name not in names and not isinstance(part, left_out)}
 
 # %% ../nbs/15_runs.ipynb #70dfab96
 def _parts(value) -> tuple[str, list, dict]:
@@ -297,8 +309,7 @@ def _parts(value) -> tuple[str, list, dict]:
         return value.__qualname__, [], {}
     if not hasattr(value, "__dict__"):  # an object in C
         return _as_text(value), [], {}
-    methods = [part for kind in type(value).__mro__ for part in vars(kind).values() if isinstance(part, FunctionType)]
-    return type(value).__name__, [_steps(part) for part in methods], _attributes(value)
+    return type(value).__name__, [_steps(method) for method in _methods(value)], _attributes(value)
 
 # %% ../nbs/15_runs.ipynb #a7fd04b7
 def _object_key(value, depth: int) -> str:
@@ -349,7 +360,7 @@ def _state(model: nn.Module) -> list:
     found: list = []
     for name, module in model.named_modules():
         if _package(type(module)) == "avss_nb":
-            found.append([name, type(module).__name__, key_of(_attributes(module))])
+            found.append([name, _object_key(module, depth=1)])
         if isinstance(getattr(module, "disable_adapters", None), bool):  # of peft
             found.append([name, module.disable_adapters, module.active_adapters, module.merged_adapters])
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):

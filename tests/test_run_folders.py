@@ -102,8 +102,8 @@ def test_states_count():
     for layers in ([2], [3], ["mlp.2"], ["mlp.3"], ["attention.2"]):
         with skip_layers(model, layers):
             keys.append(state_of(model))
-    for alpha in (0.1, 0.2):
-        with dola(model, [1], alpha=alpha):
+    for layers, alpha in (([1], 0.1), ([1], 0.2), ([2], 0.2)):
+        with dola(model, layers, alpha=alpha):
             keys.append(state_of(model))
     handle = model.model.layers[0].register_forward_hook(lambda module, args, result: result)
     keys.append(state_of(model))
@@ -135,10 +135,10 @@ def measure_of(threshold):
 
 class Asker(BatchJudge):
     def __init__(self, right):
-        self.right, self._asked = right, 0
+        self.right, self.asked = right, 0
 
     def batch(self, triples):
-        self._asked += 1
+        self.asked += 1
         return [answer in self.right for _, answer, _ in triples]
 
 
