@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 # %% ../nbs/23_importance.ipynb #d2d5b335
 from .data import Registry, as_batches
 from .evaluation import row_losses, sum_by_text
-from .hooks import block_input, first_submodule, read_activations, run_blocks, sublayer
+from .hooks import block_input, check_once, first_submodule, read_activations, run_blocks, sublayer
 from avss_nb.metrics import (
     LayerStats,
     LayerSums,
@@ -363,6 +363,7 @@ class _Noted:
 
     def __init__(self, model: nn.Module, batch: dict, loss: Callable, removed: Iterable[int | str]):
         self.model, self.batch, self.loss, self.removed = model, batch, loss, tuple(removed)
+        self.ran: set[int] = set()  # in this pass
         self.entered: dict[int, torch.Tensor] = {}
         self.rest: dict[int, tuple] = {}  # what blocks return after their hidden state
 
@@ -370,6 +371,7 @@ class _Noted:
         "A hook that notes what enters one block."
 
         def hook(block, args, kwargs, result):
+            check_once(layer, self.ran, block)
             self.entered[layer] = block_input(args, kwargs).detach()
             if not isinstance(result, torch.Tensor):
                 self.rest[layer] = tuple(result[1:])
@@ -411,6 +413,8 @@ class _Pass(_Noting):
         first, resumed = 0, cast(AbstractContextManager, nullcontext())
         if before is not None:
             first = layer_of(self.removed[-1])
+            if first not in before.entered:
+                raise ValueError(f"layer {first} of {type(unwrap(model)).__name__} was never run on this text")
             self.entered, self.rest = dict(before.entered), dict(before.rest)
             resumed = resume_at(model, first, self.entered[first], rest=self.rest)
         noting = self._noting(first) if keep else nullcontext()

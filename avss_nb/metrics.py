@@ -302,6 +302,11 @@ class _AddedSums(_StreamSums):
     def add_stream(self, layer: int | str, x: torch.Tensor, y: torch.Tensor):  # both (B, T, d)
         "Add the stream before and after a layer: the points that are made of it, and how far it turns."
         x = x.to(y.device)
+        if y.shape[:2] != self.mask.shape:
+            raise ValueError(
+                f"the stream of layer {layer} has the shape {tuple(y.shape)}, and the batch {tuple(self.mask.shape)}: "
+                "its tokens are not those of the text, and cannot be counted"
+            )
         for point in self.points:
             if point in OF_STREAM:
                 a, mask = OF_STREAM[point](x, y), self.mask.to(y.device)

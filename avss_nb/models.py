@@ -440,6 +440,16 @@ def _configured_layers(model: nn.Module) -> int | None:
     return getattr(text_config(model), "num_hidden_layers", None)
 
 
+def _of_other_parts(model: nn.Module) -> tuple[str, ...]:
+    "Where the parts of a model begin that another config describes: an image encoder, say."
+    of_text = type(text_config(model))
+    others = []
+    for path, module in model.named_modules():
+        if path and isinstance(module, transformers.PreTrainedModel) and type(text_config(module)) is not of_text:
+            others.append(path + ".")
+    return tuple(others)
+
+
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
     "By its path, every outermost ModuleList as long as the config says (of any length without a config)."
     n = _configured_layers(model)
@@ -448,7 +458,8 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         inside_another = any(path.startswith(outer + ".") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) and n in (None, len(module)) and not inside_another:
             lists[path] = module
-    return lists
+    others = _of_other_parts(model) if len(lists) > 1 else ()
+    return {path: module for path, module in lists.items() if not path.startswith(others)} or lists
 
 # %% ../nbs/10_models.ipynb #9509f398
 def _n_parameters(module: nn.Module) -> int:

@@ -8,16 +8,16 @@ __all__ = ['PassThrough', 'layer_of', 'check_layers', 'replaced_blocks', 'skip_l
 
 # %% ../nbs/21_surgery.ipynb #a0778769
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import copy, deepcopy
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
-from .hooks import block_input, hidden_state, input_device, model_inputs, sublayer, without_hooks
+from .hooks import block_input, hidden_state, input_device, model_inputs, sublayer, text_error, without_hooks
 from .models import blocks, check_merged, explain_arguments, measuring, one_line, shared_copy, uncompiled, unwrap
 
 # %% ../nbs/21_surgery.ipynb #fb4d9ec1
@@ -45,10 +45,32 @@ class _StandIn(nn.Module):
 
 # %% ../nbs/21_surgery.ipynb #97c3101b
 def _no_cache(value):
-    "An argument of a block, None in the place of a cache."
-    return None if isinstance(value, Cache) else value
+    "An argument of a block: None in the place of a cache, a copy of what the block may write to."
+    if isinstance(value, Cache):
+        return None
+    if isinstance(value, MutableMapping):
+        return copy(value)
+    if isinstance(value, list):
+        return [one.clone() if isinstance(one, torch.Tensor) else one for one in value]
+    return value
 
 # %% ../nbs/21_surgery.ipynb #00e411e8
+def _alike(one, other) -> bool:
+    "Whether two values are tensors of one shape, or lists of such."
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) > 0 and all(map(_alike, one, other))
+    return False
+
+
+def _handed_on(value, given: dict) -> str | None:
+    "The argument that a block returns to the next one, by name: a state, a router's or T5's bias; None for no such."
+    others = {name: other for name, other in given.items() if other is not None and name != next(iter(given))}
+    same = [name for name, other in others.items() if other is value]
+    return next(iter(same + [name for name, other in others.items() if _alike(value, other)]), None)
+
+
 def _has_position_bias(block: nn.Module) -> bool:
     "Whether this is T5's first block, which makes the position bias of all."
     return any(getattr(part, "has_relative_attention_bias", False) for part in block.modules())
@@ -57,7 +79,7 @@ def _has_position_bias(block: nn.Module) -> bool:
 class _SameForm(_StandIn):
     "… and it finds out in which form the block returns its output."
 
-    _as_tuple: dict[type, tuple | None] = {}
+    _as_tuple: dict[tuple, tuple | None] = {}
 
     def _tried(self, args: tuple, kwargs: dict):
         "What the block itself returns, without the cache."
@@ -69,16 +91,17 @@ class _SameForm(_StandIn):
 
     def _returned_with(self, args: tuple, kwargs: dict) -> tuple | None:
         "What the block's class returns after the hidden state: None for a bare tensor. Tried once per class."
-        kind = type(self.block)
-        if kind not in self._as_tuple:
-            result = self._tried(args, kwargs)
-            self._as_tuple[kind] = None if isinstance(result, torch.Tensor) else (None,) * (len(result) - 1)
-        if not (rest := self._as_tuple[kind]):
-            return rest
         given = inspect.signature(self.block.forward).bind(*args, **kwargs).arguments
+        form = type(self.block), *(name for name, value in given.items() if value is not None)
+        if form not in self._as_tuple:
+            result = self._tried(args, kwargs)
+            bare = isinstance(result, torch.Tensor)
+            self._as_tuple[form] = None if bare else tuple(_handed_on(value, given) for value in result[1:])
+        if not (rest := self._as_tuple[form]):
+            return rest
         if given.get("position_bias") is None and _has_position_bias(self.block):
             return tuple(self._tried(args, kwargs)[1:])  # T5's first block makes it for all
-        return tuple(map(given.get, ("position_bias", "encoder_decoder_position_bias")))[: len(rest)] + rest[2:]
+        return tuple(given.get(name) for name in rest)
 
 # %% ../nbs/21_surgery.ipynb #82c3818b
 def _layer_number(block: nn.Module) -> int | None:
@@ -102,6 +125,8 @@ class PassThrough(_SameForm):
         "The block's input (B, T, d), or the given states, in the form in which the block gives its output."
         x = block_input(args, kwargs)
         for value in (*args, *kwargs.values()):
+            if isinstance(value, EncoderDecoderCache):
+                value = value.self_attention_cache
             if isinstance(value, Cache):
                 self._pad_cache(value, x)
         out = x if self.hidden is None else self.hidden
@@ -118,7 +143,8 @@ class PassThrough(_SameForm):
             return  # a state-space model counts no tokens
         heads, of_key, of_value = _key_value_sizes(layer)
         shape = len(x), heads, x.shape[1]
-        cache.update(x.new_zeros(*shape, of_key), x.new_zeros(*shape, of_value), number)
+        with suppress(NotImplementedError):  # the cache keeps nothing of a block without attention
+            cache.update(x.new_zeros(*shape, of_key), x.new_zeros(*shape, of_value), number)
 
 # %% ../nbs/21_surgery.ipynb #4f3eb41b
 def layer_of(
@@ -180,6 +206,14 @@ def _zeros(module: nn.Module, args: tuple, result):
     return zeros if isinstance(result, torch.Tensor) else (zeros, *result[1:])
 
 # %% ../nbs/21_surgery.ipynb #3ed4a4ae
+def _cannot_skip(model: nn.Module, layers: list[int], error: Exception) -> ValueError:
+    "The error of a model that runs, and not without these layers."
+    return ValueError(
+        f"{type(unwrap(model)).__name__} does not run without {layers}: others take from them more than the stream "
+        f"({type(error).__name__}: {one_line(error)}); leave these layers in"
+    )
+
+
 @contextmanager
 def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
     "These modules give zeros."
@@ -197,9 +231,18 @@ def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
 @contextmanager
 def _without(model: nn.Module, skipped: list[int], zeroed: list[nn.Module]) -> Iterator[nn.Module]:
     "Pass-throughs for these blocks, and zeros from these sublayers of others."
-    layers = blocks(model)
-    with replaced_blocks(model, {i: PassThrough(layers[i]) for i in skipped}), _zeroed(zeroed):
-        yield model
+    layers, why = blocks(model), None
+    try:
+        with replaced_blocks(model, {i: PassThrough(layers[i]) for i in skipped}), _zeroed(zeroed):
+            try:
+                yield model
+            except Exception:
+                why = text_error(model)
+                raise
+    except Exception as error:
+        if why is not None and text_error(model) is None:
+            raise _cannot_skip(model, skipped, why) from error
+        raise
 
 # %% ../nbs/21_surgery.ipynb #967c78b7
 def skip_layers(
@@ -231,7 +274,14 @@ def _shorten_experts(config, kept: list[int]) -> None:
         config.first_k_dense_replace = sum(i < config.first_k_dense_replace for i in kept)
 
 # %% ../nbs/21_surgery.ipynb #37942026
-_PER_LAYER = ("block_types", "indexer_types", "sliding_windows", "intermediate_size", "activation_sparsity_pattern")
+_PER_LAYER = (
+    "block_types",
+    "indexer_types",
+    "sliding_windows",
+    "intermediate_size",
+    "activation_sparsity_pattern",
+    "attention_window",
+)
 _HOLD_NUMBERS = ("moe_layers", "cross_attention_layers", "rope_scaling_layers")
 
 
@@ -251,7 +301,10 @@ def _shorten(config, kept: list[int], n_layers: int) -> None:
         elif len(value) == n_layers and ("layer" in name or name in _PER_LAYER):
             setattr(config, name, [value[i] for i in kept])
     _shorten_experts(config, kept)
-    config.num_hidden_layers = len(kept)
+    try:
+        config.num_hidden_layers = len(kept)
+    except NotImplementedError as error:
+        raise ValueError(f"{type(config).__name__} cannot describe fewer layers: {one_line(error)}") from error
 
 
 def _shorten_plan(config, kept: list[int]) -> None:
@@ -289,7 +342,9 @@ def _take_numbers(small: nn.Module, stock: nn.Module) -> None:
             own = getattr(module, key, None)
             if key in _NUMBERS:
                 setattr(module, key, value)
-            elif key.startswith("_") or key in _STATE or not isinstance(value, int | float | str | tuple | None):
+            elif key.startswith("_") or key in _STATE or isinstance(own, torch.Tensor):
+                continue
+            elif not isinstance(value, int | float | str | tuple | None):
                 continue
             elif own != value:
                 raise _differs(small, f"{name}.{key} = {own}")
@@ -302,8 +357,11 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def _agree_with_config(small: PreTrainedModel, path: str, first: nn.Module) -> None:
     "Make the model what the library builds from its config; ValueError where that would be another model."
-    with torch.device("meta"):
-        stock = type(small)(deepcopy(small.config))
+    try:
+        with torch.device("meta"):
+            stock = type(small)(deepcopy(small.config))
+    except Exception as error:
+        raise _differs(small, f"a model that can be built ({one_line(error)})") from error
     _hand_on_position_bias(small, stock, path, first)
     _take_numbers(small, stock)
     if _shapes(small) != _shapes(stock):
@@ -353,8 +411,10 @@ def _check_says(small: nn.Module, model: nn.Module, units: list[int | str]) -> N
     try:
         with without_hooks(model), skip_layers(model, units):  # a sparse model's zeros are set by hooks: both are dense
             wanted = _says(model, ids)
-    except Exception:  # it needs more than tokens
-        return
+    except Exception:
+        if text_error(model) is None:
+            raise
+        return  # it needs more than tokens
     try:
         with without_hooks(small):
             found = _says(small, ids)
