@@ -367,6 +367,12 @@ class _Noted:
         self.entered: dict[int, torch.Tensor] = {}
         self.rest: dict[int, tuple] = {}  # what blocks return after their hidden state
 
+    def hidden(self, layer: int) -> torch.Tensor:
+        "What entered a block; ValueError where it never ran."
+        if layer not in self.entered:
+            raise ValueError(f"layer {layer} of {type(unwrap(self.model)).__name__} was never run on this text")
+        return self.entered[layer]
+
     def _note(self, layer: int) -> Callable:
         "A hook that notes what enters one block."
 
@@ -413,10 +419,8 @@ class _Pass(_Noting):
         first, resumed = 0, cast(AbstractContextManager, nullcontext())
         if before is not None:
             first = layer_of(self.removed[-1])
-            if first not in before.entered:
-                raise ValueError(f"layer {first} of {type(unwrap(model)).__name__} was never run on this text")
             self.entered, self.rest = dict(before.entered), dict(before.rest)
-            resumed = resume_at(model, first, self.entered[first], rest=self.rest)
+            resumed = resume_at(model, first, before.hidden(first), rest=self.rest)
         noting = self._noting(first) if keep else nullcontext()
         with skip_layers(model, self.removed, every=True), resumed, noting, measuring(model):
             self.nll, self.tokens = loss(model, batch)

@@ -428,6 +428,16 @@ def model_key(model: nn.Module) -> str:
     n_parameters = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__}, {n_parameters:,} parameters, {digest}"
 
+# %% ../nbs/10_models.ipynb #d8c7d7a8
+def _of_other_parts(model: nn.Module) -> tuple[str, ...]:
+    "Where the parts of a model begin that another config describes: an image encoder, say."
+    of_text = type(text_config(model))
+    others = []
+    for path, module in model.named_modules():
+        if path and isinstance(module, transformers.PreTrainedModel) and type(text_config(module)) is not of_text:
+            others.append(path + ".")
+    return tuple(others)
+
 # %% ../nbs/10_models.ipynb #4e976b1a
 def text_config(model: nn.Module) -> Any:  # None for a model without a config
     "The config of a model, of one with several parts that of its text decoder."
@@ -438,16 +448,6 @@ def text_config(model: nn.Module) -> Any:  # None for a model without a config
 def _configured_layers(model: nn.Module) -> int | None:
     "The number of layers that the config of a model, or of its text decoder, names; None without one."
     return getattr(text_config(model), "num_hidden_layers", None)
-
-
-def _of_other_parts(model: nn.Module) -> tuple[str, ...]:
-    "Where the parts of a model begin that another config describes: an image encoder, say."
-    of_text = type(text_config(model))
-    others = []
-    for path, module in model.named_modules():
-        if path and isinstance(module, transformers.PreTrainedModel) and type(text_config(module)) is not of_text:
-            others.append(path + ".")
-    return tuple(others)
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

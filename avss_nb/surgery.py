@@ -54,6 +54,11 @@ def _no_cache(value):
         return [one.clone() if isinstance(one, torch.Tensor) else one for one in value]
     return value
 
+# %% ../nbs/21_surgery.ipynb #c5c2d374
+def _may_be_handed_on(name: str, value) -> bool:
+    "Whether an argument may be a state, and no mask and no cache: those come and go while a text is generated."
+    return isinstance(value, torch.Tensor | list | tuple) and "mask" not in name
+
 # %% ../nbs/21_surgery.ipynb #00e411e8
 def _alike(one, other) -> bool:
     "Whether two values are tensors of one shape, or lists of such."
@@ -66,9 +71,14 @@ def _alike(one, other) -> bool:
 
 def _handed_on(value, given: dict) -> str | None:
     "The argument that a block returns to the next one, by name: a state, a router's or T5's bias; None for no such."
-    others = {name: other for name, other in given.items() if other is not None and name != next(iter(given))}
+    others = {name: given[name] for name in list(given)[1:] if _may_be_handed_on(name, given[name])}
     same = [name for name, other in others.items() if other is value]
     return next(iter(same + [name for name, other in others.items() if _alike(value, other)]), None)
+
+
+def _rest_of(result, given: dict) -> tuple | None:
+    "For all that a block returns after its hidden state, where it has it from; None for a bare tensor."
+    return None if isinstance(result, torch.Tensor) else tuple(_handed_on(value, given) for value in result[1:])
 
 
 def _has_position_bias(block: nn.Module) -> bool:
@@ -92,11 +102,9 @@ class _SameForm(_StandIn):
     def _returned_with(self, args: tuple, kwargs: dict) -> tuple | None:
         "What the block's class returns after the hidden state: None for a bare tensor. Tried once per class."
         given = inspect.signature(self.block.forward).bind(*args, **kwargs).arguments
-        form = type(self.block), *(name for name, value in given.items() if value is not None)
+        form = type(self.block), *(name for name, value in given.items() if _may_be_handed_on(name, value))
         if form not in self._as_tuple:
-            result = self._tried(args, kwargs)
-            bare = isinstance(result, torch.Tensor)
-            self._as_tuple[form] = None if bare else tuple(_handed_on(value, given) for value in result[1:])
+            self._as_tuple[form] = _rest_of(self._tried(args, kwargs), given)
         if not (rest := self._as_tuple[form]):
             return rest
         if given.get("position_bias") is None and _has_position_bias(self.block):
@@ -104,6 +112,13 @@ class _SameForm(_StandIn):
         return tuple(given.get(name) for name in rest)
 
 # %% ../nbs/21_surgery.ipynb #82c3818b
+def _own_cache(value) -> Cache | None:
+    "An argument of a block where it is a cache: of an encoder-decoder's two the one of the text itself."
+    if isinstance(value, EncoderDecoderCache):
+        return value.self_attention_cache
+    return value if isinstance(value, Cache) else None
+
+
 def _layer_number(block: nn.Module) -> int | None:
     "The number by which a block's parts call the cache; None where they have none."
     numbers = [getattr(module, "layer_idx", None) for module in block.modules()]
@@ -124,11 +139,9 @@ class PassThrough(_SameForm):
     def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
         "The block's input (B, T, d), or the given states, in the form in which the block gives its output."
         x = block_input(args, kwargs)
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, EncoderDecoderCache):
-                value = value.self_attention_cache
-            if isinstance(value, Cache):
-                self._pad_cache(value, x)
+        for cache in map(_own_cache, (*args, *kwargs.values())):
+            if cache is not None:
+                self._pad_cache(cache, x)
         out = x if self.hidden is None else self.hidden
         rest = self.rest or self._returned_with(args, kwargs)
         return out if rest is None else (out, *rest)
@@ -205,7 +218,7 @@ def _zeros(module: nn.Module, args: tuple, result):
     zeros = torch.zeros_like(hidden_state(result))
     return zeros if isinstance(result, torch.Tensor) else (zeros, *result[1:])
 
-# %% ../nbs/21_surgery.ipynb #3ed4a4ae
+# %% ../nbs/21_surgery.ipynb #db02a42f
 def _cannot_skip(model: nn.Module, layers: list[int], error: Exception) -> ValueError:
     "The error of a model that runs, and not without these layers."
     return ValueError(
@@ -213,7 +226,7 @@ def _cannot_skip(model: nn.Module, layers: list[int], error: Exception) -> Value
         f"({type(error).__name__}: {one_line(error)}); leave these layers in"
     )
 
-
+# %% ../nbs/21_surgery.ipynb #3ed4a4ae
 @contextmanager
 def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
     "These modules give zeros."
@@ -227,7 +240,7 @@ def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
         for handle in handles:
             handle.remove()
 
-
+# %% ../nbs/21_surgery.ipynb #7a59927f
 @contextmanager
 def _without(model: nn.Module, skipped: list[int], zeroed: list[nn.Module]) -> Iterator[nn.Module]:
     "Pass-throughs for these blocks, and zeros from these sublayers of others."
