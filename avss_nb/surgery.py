@@ -333,7 +333,7 @@ def _differs(small: nn.Module, what: str) -> ValueError:
 
 def _hand_on_position_bias(small: nn.Module, stock: nn.Module, path: str, first: nn.Module) -> None:
     "Parts that only the library's model would have: T5's position bias comes from `first`; ValueError for others."
-    for name in dict(stock.named_modules()).keys() - dict(small.named_modules()).keys():
+    for name in sorted(dict(stock.named_modules()).keys() - dict(small.named_modules()).keys()):
         if not name.startswith(f"{path}.0.") or not name.endswith("relative_attention_bias"):
             raise _differs(small, name)
         heir, _, bias = name.rpartition(".")
