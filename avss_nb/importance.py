@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 # %% ../nbs/23_importance.ipynb #d2d5b335
 from .data import Registry, as_batches
 from .evaluation import row_losses, sum_by_text
-from .hooks import block_input, first_submodule, read_activations, run_blocks, sublayer
+from .hooks import block_input, check_once, first_submodule, read_activations, run_blocks, sublayer
 from avss_nb.metrics import (
     LayerStats,
     LayerSums,
@@ -363,13 +363,21 @@ class _Noted:
 
     def __init__(self, model: nn.Module, batch: dict, loss: Callable, removed: Iterable[int | str]):
         self.model, self.batch, self.loss, self.removed = model, batch, loss, tuple(removed)
+        self.ran: set[int] = set()  # in this pass
         self.entered: dict[int, torch.Tensor] = {}
         self.rest: dict[int, tuple] = {}  # what blocks return after their hidden state
+
+    def hidden(self, layer: int) -> torch.Tensor:
+        "What entered a block; ValueError where it never ran."
+        if layer not in self.entered:
+            raise ValueError(f"layer {layer} of {type(unwrap(self.model)).__name__} was never run on this text")
+        return self.entered[layer]
 
     def _note(self, layer: int) -> Callable:
         "A hook that notes what enters one block."
 
         def hook(block, args, kwargs, result):
+            check_once(layer, self.ran, block)
             self.entered[layer] = block_input(args, kwargs).detach()
             if not isinstance(result, torch.Tensor):
                 self.rest[layer] = tuple(result[1:])
@@ -412,7 +420,7 @@ class _Pass(_Noting):
         if before is not None:
             first = layer_of(self.removed[-1])
             self.entered, self.rest = dict(before.entered), dict(before.rest)
-            resumed = resume_at(model, first, self.entered[first], rest=self.rest)
+            resumed = resume_at(model, first, before.hidden(first), rest=self.rest)
         noting = self._noting(first) if keep else nullcontext()
         with skip_layers(model, self.removed, every=True), resumed, noting, measuring(model):
             self.nll, self.tokens = loss(model, batch)

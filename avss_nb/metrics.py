@@ -285,6 +285,15 @@ def check_reductions(reduce: str | Iterable[str]) -> tuple[str, ...]:
         raise ValueError(f"unknown reduction {unknown[0]!r}: known are {', '.join(REDUCTIONS)}")
     return reduce
 
+# %% ../nbs/13_metrics.ipynb #f539cb1a
+def _check_tokens(layer: int | str, y: torch.Tensor, mask: torch.Tensor) -> None:
+    "ValueError where a layer's output has other rows or tokens than the batch's mask: added ones, or tokens first."
+    if y.shape[:2] != mask.shape:
+        raise ValueError(
+            f"the stream of layer {layer} has the shape {tuple(y.shape)}, and the batch {tuple(mask.shape)}: "
+            "its tokens are not those of the text, and cannot be counted"
+        )
+
 # %% ../nbs/13_metrics.ipynb #3bf28a44
 class _AddedSums(_StreamSums):
     "… and the sums at some reading points, of the batch whose `mask` is set."
@@ -302,6 +311,7 @@ class _AddedSums(_StreamSums):
     def add_stream(self, layer: int | str, x: torch.Tensor, y: torch.Tensor):  # both (B, T, d)
         "Add the stream before and after a layer: the points that are made of it, and how far it turns."
         x = x.to(y.device)
+        _check_tokens(layer, y, self.mask)
         for point in self.points:
             if point in OF_STREAM:
                 a, mask = OF_STREAM[point](x, y), self.mask.to(y.device)

@@ -429,6 +429,16 @@ def model_key(model: nn.Module) -> str:
     n_parameters = sum(p.numel() for p in model.parameters())
     return f"{type(model).__name__}, {n_parameters:,} parameters, {digest}"
 
+# %% ../nbs/10_models.ipynb #d8c7d7a8
+def _of_other_parts(model: nn.Module) -> tuple[str, ...]:
+    "Where the parts of a model begin that another config describes: an image encoder, say."
+    of_text = type(text_config(model))
+    others = []
+    for path, module in model.named_modules():
+        if path and isinstance(module, transformers.PreTrainedModel) and type(text_config(module)) is not of_text:
+            others.append(path + ".")
+    return tuple(others)
+
 # %% ../nbs/10_models.ipynb #4e976b1a
 def text_config(model: nn.Module) -> Any:  # None for a model without a config
     "The config of a model, of one with several parts that of its text decoder."
@@ -449,7 +459,8 @@ def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         inside_another = any(path.startswith(outer + ".") for outer in lists)
         if isinstance(module, nn.ModuleList) and len(module) and n in (None, len(module)) and not inside_another:
             lists[path] = module
-    return lists
+    others = _of_other_parts(model) if len(lists) > 1 else ()
+    return {path: module for path, module in lists.items() if not path.startswith(others)} or lists
 
 # %% ../nbs/10_models.ipynb #9509f398
 def _n_parameters(module: nn.Module) -> int:

@@ -8,14 +8,14 @@ __all__ = ['PassThrough', 'layer_of', 'check_layers', 'replaced_blocks', 'skip_l
 
 # %% ../nbs/21_surgery.ipynb #a0778769
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from copy import copy, deepcopy
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
 from avss_nb.hooks import (
     block_input,
@@ -25,6 +25,7 @@ from avss_nb.hooks import (
     reads_ahead,
     sublayer,
     sublayers_add_up,
+    text_error,
     without_hooks,
 )
 from .models import blocks, check_merged, explain_arguments, measuring, one_line, shared_copy, uncompiled, unwrap
@@ -54,10 +55,42 @@ class _StandIn(nn.Module):
 
 # %% ../nbs/21_surgery.ipynb #97c3101b
 def _no_cache(value):
-    "An argument of a block, None in the place of a cache."
-    return None if isinstance(value, Cache) else value
+    "An argument of a block: None in the place of a cache, a copy of what the block may write to."
+    if isinstance(value, Cache):
+        return None
+    if isinstance(value, MutableMapping):
+        return copy(value)
+    if isinstance(value, list):
+        return [one.clone() if isinstance(one, torch.Tensor) else one for one in value]
+    return value
+
+# %% ../nbs/21_surgery.ipynb #c5c2d374
+def _may_be_handed_on(name: str, value) -> bool:
+    "Whether an argument may be a state, and no mask and no cache: those come and go while a text is generated."
+    return isinstance(value, torch.Tensor | list | tuple) and "mask" not in name
 
 # %% ../nbs/21_surgery.ipynb #00e411e8
+def _alike(one, other) -> bool:
+    "Whether two values are tensors of one shape, or lists of such."
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) > 0 and all(map(_alike, one, other))
+    return False
+
+
+def _handed_on(value, given: dict) -> str | None:
+    "The argument that a block returns to the next one, by name: a state, a router's or T5's bias; None for no such."
+    others = {name: given[name] for name in list(given)[1:] if _may_be_handed_on(name, given[name])}
+    same = [name for name, other in others.items() if other is value]
+    return next(iter(same + [name for name, other in others.items() if _alike(value, other)]), None)
+
+
+def _rest_of(result, given: dict) -> tuple | None:
+    "For all that a block returns after its hidden state, where it has it from; None for a bare tensor."
+    return None if isinstance(result, torch.Tensor) else tuple(_handed_on(value, given) for value in result[1:])
+
+
 def _has_position_bias(block: nn.Module) -> bool:
     "Whether this is T5's first block, which makes the position bias of all."
     return any(getattr(part, "has_relative_attention_bias", False) for part in block.modules())
@@ -66,7 +99,7 @@ def _has_position_bias(block: nn.Module) -> bool:
 class _SameForm(_StandIn):
     "… and it finds out in which form the block returns its output."
 
-    _as_tuple: dict[type, tuple | None] = {}
+    _as_tuple: dict[tuple, tuple | None] = {}
 
     def _tried(self, args: tuple, kwargs: dict):
         "What the block itself returns, without the cache."
@@ -78,18 +111,24 @@ class _SameForm(_StandIn):
 
     def _returned_with(self, args: tuple, kwargs: dict) -> tuple | None:
         "What the block's class returns after the hidden state: None for a bare tensor. Tried once per class."
-        kind = type(self.block)
-        if kind not in self._as_tuple:
-            result = self._tried(args, kwargs)
-            self._as_tuple[kind] = None if isinstance(result, torch.Tensor) else (None,) * (len(result) - 1)
-        if not (rest := self._as_tuple[kind]):
-            return rest
         given = inspect.signature(self.block.forward).bind(*args, **kwargs).arguments
+        form = type(self.block), *(name for name, value in given.items() if _may_be_handed_on(name, value))
+        if form not in self._as_tuple:
+            self._as_tuple[form] = _rest_of(self._tried(args, kwargs), given)
+        if not (rest := self._as_tuple[form]):
+            return rest
         if given.get("position_bias") is None and _has_position_bias(self.block):
             return tuple(self._tried(args, kwargs)[1:])  # T5's first block makes it for all
-        return tuple(map(given.get, ("position_bias", "encoder_decoder_position_bias")))[: len(rest)] + rest[2:]
+        return tuple(given.get(name) for name in rest)
 
 # %% ../nbs/21_surgery.ipynb #82c3818b
+def _own_cache(value) -> Cache | None:
+    "An argument of a block where it is a cache: of an encoder-decoder's two the one of the text itself."
+    if isinstance(value, EncoderDecoderCache):
+        return value.self_attention_cache
+    return value if isinstance(value, Cache) else None
+
+
 def _layer_number(block: nn.Module) -> int | None:
     "The number by which a block's parts call the cache; None where they have none."
     numbers = [getattr(module, "layer_idx", None) for module in block.modules()]
@@ -110,9 +149,9 @@ class PassThrough(_SameForm):
     def forward(self, *args, **kwargs) -> torch.Tensor | tuple:
         "The block's input (B, T, d), or the given states, in the form in which the block gives its output."
         x = block_input(args, kwargs)
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Cache):
-                self._pad_cache(value, x)
+        for cache in map(_own_cache, (*args, *kwargs.values())):
+            if cache is not None:
+                self._pad_cache(cache, x)
         out = x if self.hidden is None else self.hidden
         rest = self.rest or self._returned_with(args, kwargs)
         return out if rest is None else (out, *rest)
@@ -127,7 +166,8 @@ class PassThrough(_SameForm):
             return  # a state-space model counts no tokens
         heads, of_key, of_value = _key_value_sizes(layer)
         shape = len(x), heads, x.shape[1]
-        cache.update(x.new_zeros(*shape, of_key), x.new_zeros(*shape, of_value), number)
+        with suppress(NotImplementedError):  # the cache keeps nothing of a block without attention
+            cache.update(x.new_zeros(*shape, of_key), x.new_zeros(*shape, of_value), number)
 
 # %% ../nbs/21_surgery.ipynb #4f3eb41b
 def layer_of(
@@ -197,6 +237,14 @@ def _zeros(module: nn.Module, args: tuple, result):
     zeros = torch.zeros_like(hidden_state(result))
     return zeros if isinstance(result, torch.Tensor) else (zeros, *result[1:])
 
+# %% ../nbs/21_surgery.ipynb #db02a42f
+def _cannot_skip(model: nn.Module, layers: list[int], error: Exception) -> ValueError:
+    "The error of a model that runs, and not without these layers."
+    return ValueError(
+        f"{type(unwrap(model)).__name__} does not run without {layers}: others take from them more than the stream "
+        f"({type(error).__name__}: {one_line(error)}); leave these layers in"
+    )
+
 # %% ../nbs/21_surgery.ipynb #3ed4a4ae
 @contextmanager
 def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
@@ -211,13 +259,22 @@ def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
         for handle in handles:
             handle.remove()
 
-
+# %% ../nbs/21_surgery.ipynb #7a59927f
 @contextmanager
 def _without(model: nn.Module, skipped: list[int], zeroed: list[nn.Module]) -> Iterator[nn.Module]:
     "Pass-throughs for these blocks, and zeros from these sublayers of others."
-    layers = blocks(model)
-    with replaced_blocks(model, {i: PassThrough(layers[i]) for i in skipped}), _zeroed(zeroed):
-        yield model
+    layers, why = blocks(model), None
+    try:
+        with replaced_blocks(model, {i: PassThrough(layers[i]) for i in skipped}), _zeroed(zeroed):
+            try:
+                yield model
+            except Exception:
+                why = text_error(model)
+                raise
+    except Exception as error:
+        if why is not None and text_error(model) is None:
+            raise _cannot_skip(model, skipped, why) from error
+        raise
 
 # %% ../nbs/21_surgery.ipynb #967c78b7
 def skip_layers(
@@ -251,7 +308,14 @@ def _shorten_experts(config, kept: list[int]) -> None:
         config.first_k_dense_replace = sum(i < config.first_k_dense_replace for i in kept)
 
 # %% ../nbs/21_surgery.ipynb #37942026
-_PER_LAYER = ("block_types", "indexer_types", "sliding_windows", "intermediate_size", "activation_sparsity_pattern")
+_PER_LAYER = (
+    "block_types",
+    "indexer_types",
+    "sliding_windows",
+    "intermediate_size",
+    "activation_sparsity_pattern",
+    "attention_window",
+)
 _HOLD_NUMBERS = ("moe_layers", "cross_attention_layers", "rope_scaling_layers")
 
 
@@ -271,7 +335,10 @@ def _shorten(config, kept: list[int], n_layers: int) -> None:
         elif len(value) == n_layers and ("layer" in name or name in _PER_LAYER):
             setattr(config, name, [value[i] for i in kept])
     _shorten_experts(config, kept)
-    config.num_hidden_layers = len(kept)
+    try:
+        config.num_hidden_layers = len(kept)
+    except NotImplementedError as error:
+        raise ValueError(f"{type(config).__name__} cannot describe fewer layers: {one_line(error)}") from error
 
 
 def _shorten_plan(config, kept: list[int]) -> None:
@@ -287,7 +354,7 @@ def _differs(small: nn.Module, what: str) -> ValueError:
 
 def _hand_on_position_bias(small: nn.Module, stock: nn.Module, path: str, first: nn.Module) -> None:
     "Parts that only the library's model would have: T5's position bias comes from `first`; ValueError for others."
-    for name in dict(stock.named_modules()).keys() - dict(small.named_modules()).keys():
+    for name in sorted(dict(stock.named_modules()).keys() - dict(small.named_modules()).keys()):
         if not name.startswith(f"{path}.0.") or not name.endswith("relative_attention_bias"):
             raise _differs(small, name)
         heir, _, bias = name.rpartition(".")
@@ -309,7 +376,9 @@ def _take_numbers(small: nn.Module, stock: nn.Module) -> None:
             own = getattr(module, key, None)
             if key in _NUMBERS:
                 setattr(module, key, value)
-            elif key.startswith("_") or key in _STATE or not isinstance(value, int | float | str | tuple | None):
+            elif key.startswith("_") or key in _STATE or isinstance(own, torch.Tensor):
+                continue
+            elif not isinstance(value, int | float | str | tuple | None):
                 continue
             elif own != value:
                 raise _differs(small, f"{name}.{key} = {own}")
@@ -322,8 +391,11 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def _agree_with_config(small: PreTrainedModel, path: str, first: nn.Module) -> None:
     "Make the model what the library builds from its config; ValueError where that would be another model."
-    with torch.device("meta"):
-        stock = type(small)(deepcopy(small.config))
+    try:
+        with torch.device("meta"):
+            stock = type(small)(deepcopy(small.config))
+    except Exception as error:
+        raise _differs(small, f"a model that can be built ({one_line(error)})") from error
     _hand_on_position_bias(small, stock, path, first)
     _take_numbers(small, stock)
     if _shapes(small) != _shapes(stock):
@@ -373,8 +445,10 @@ def _check_says(small: nn.Module, model: nn.Module, units: list[int | str]) -> N
     try:
         with without_hooks(model), skip_layers(model, units):  # a sparse model's zeros are set by hooks: both are dense
             wanted = _says(model, ids)
-    except Exception:  # it needs more than tokens
-        return
+    except Exception:
+        if text_error(model) is None:
+            raise
+        return  # it needs more than tokens
     try:
         with without_hooks(small):
             found = _says(small, ids)

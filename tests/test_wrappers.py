@@ -427,3 +427,188 @@ def test_numbers_of_layers_inside_a_config(layers):
         return
     with skip_layers(model, layers):
         assert perplexity(small, [batch_of(9)]) == pytest.approx(perplexity(model, [batch_of(9)]), rel=1e-5)
+
+
+# ---- what the sweep over families found
+
+
+def test_layers_are_those_of_the_text():
+    "An image encoder of as many layers, and wider, is none of them."
+    vision = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=4)
+    model = tiny("git", num_hidden_layers=3, vision_config=vision | dict(intermediate_size=128))
+    assert blocks(model) is model.git.encoder.layer
+    assert perplexity(prune_layers(model, [1]), BATCHES) != perplexity(model, BATCHES)
+
+
+def small_bart(kind: str):
+    torch.manual_seed(0)
+    config = bart()
+    config.decoder_layers = 2
+    return getattr(transformers, kind)(config).eval()
+
+
+def test_statistics_of_a_decoder_in_a_wrapper():
+    "BartForCausalLM's body names no inputs."
+    model, seen = small_bart("BartForCausalLM"), []
+    hook = blocks(model)[1].register_forward_hook(lambda *args: seen.append(args[-1]))
+    found = collect_stats(model, [batch_of(9)])
+    hook.remove()
+    output = (seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]).double()
+    assert found.get("output", "sumsq")[1] == pytest.approx(output.square().sum().item(), rel=1e-6)
+
+
+def test_a_model_that_needs_two_texts_is_refused():
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration does not run on a text alone.*get_encoder"):
+        collect_stats(AHEAD["t5"](), [batch_of(9)])
+    assert np.isfinite(avss(collect_stats(AHEAD["t5"]().get_encoder(), [batch_of(9)]))).all()
+
+
+def test_generation_of_an_encoder_and_decoder_that_skips():
+    model, ids = small_bart("BartForConditionalGeneration"), batch_of(7)["input_ids"]
+    with skip_layers(model, [1]):
+        with_cache, without = (
+            model.generate(ids, max_new_tokens=6, num_beams=1, use_cache=use) for use in (True, False)
+        )
+    assert with_cache.tolist() == without.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_a_stream_of_other_tokens_is_refused(rows):
+    "XLNet's is turned, tokens first: nine rows of nine tokens have the same shape."
+    model = tiny("xlnet", d_model=32, n_layer=3, n_head=4, d_inner=64)
+    with pytest.raises(ValueError, match="tokens are not those of the text"):
+        collect_stats(model, [batch_of(*[9] * rows)])
+
+
+def test_a_block_that_runs_twice_in_a_pass_is_refused():
+    model = tiny("dory", num_hidden_layers=4, num_key_value_heads=2, head_dim=8)
+    for work in (collect_stats, leave_one_out):
+        with pytest.raises(ValueError, match="a DoryDecoderLayer, runs more than once in one pass"):
+            work(model, [batch_of(9)])
+    two = tiny("llama")
+    with read_activations(two, ["output"], lambda *activation: None):
+        for part in (two, two.model, two):  # passes of their own, of the whole and of a part
+            part(batch_of(5)["input_ids"])
+
+
+class HandsOn(TupleModel):
+    "Each block also returns a state, made of the one that it was given, for the next."
+
+    class Block(nn.Module):
+        def __init__(self, width: int, needs: bool):
+            super().__init__()
+            self.linear, self.needs = nn.Linear(width, width), needs
+
+        def forward(self, hidden_states, state=None, notes=None):
+            if self.needs and notes is not None:
+                hidden_states = hidden_states + notes["first"]
+            elif notes is not None:
+                notes["first"] = hidden_states
+            state = hidden_states[..., :3] if state is None else state + hidden_states[..., :3].tanh()
+            return hidden_states + self.linear(hidden_states) * state.mean(-1, keepdim=True), state
+
+    def __init__(self, notes: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(self.Block(16, i == 3) for i in range(4))
+        self.notes = notes
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden, state, notes = self.embed(input_ids), None, {} if self.notes else None
+        for layer in self.layers:
+            hidden, state = layer(hidden, state, notes)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_skipped_block_hands_on_the_state_that_it_was_given(layer):
+    "Zaya's routers, RWKV's states."
+    model, ids = HandsOn(notes=False), batch_of(9)["input_ids"]
+    with torch.no_grad():
+        with skip_layers(model, [layer]):
+            skipped = model(ids)
+        del model.layers[layer]
+        torch.testing.assert_close(skipped, model(ids))
+
+
+def test_a_layer_that_others_cannot_do_without_is_refused():
+    "Gemma-3n's keys and values, HY-V4's indices."
+    model, ids = HandsOn(notes=True), batch_of(9)["input_ids"]
+    with pytest.raises(ValueError, match=r"HandsOn does not run without \[0, 1, 2\].*KeyError: 'first'"):
+        with skip_layers(model, [0, 1, 2]):
+            model(ids)
+    with skip_layers(model, [1]):
+        model(ids)
+    with pytest.raises(ZeroDivisionError), skip_layers(model, [1]):
+        1 / 0  # noqa: B018
+
+
+def test_a_layer_that_a_text_does_not_run_has_no_leave_one_out():
+    "Mllama's cross-attention waits for an image."
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=99)
+    config = transformers.models.mllama.MllamaTextConfig(**sizes, num_key_value_heads=2, cross_attention_layers=[3])
+    config.pad_token_id = 1
+    model = transformers.MllamaForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="layer 3 of MllamaForCausalLM was never run on this text"):
+        leave_one_out(model, [batch_of(9)])
+
+
+LONG = dict(attention_window=[4, 4, 4], num_hidden_layers=3, max_position_embeddings=64)
+
+
+def test_windows_of_layers_are_shortened():
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        "longformer", vocab_size=99, hidden_size=32, num_attention_heads=4, intermediate_size=64, **LONG
+    )
+    model, ids = transformers.LongformerForMaskedLM(config).eval(), batch_of(8)["input_ids"]
+    small = prune_layers(model, [1])
+    with torch.no_grad(), skip_layers(model, [1]):
+        torch.testing.assert_close(small(ids).logits, model(ids).logits)
+    assert len(small.config.attention_window) == 2
+
+
+def test_a_config_that_names_no_number_of_layers_is_refused():
+    sizes = dict(vocab_size=99, hidden_size=32, num_encoder_layers=3, num_decoder_layers=3, decoder_ffn_dim=64)
+    config = transformers.ProphetNetConfig(**sizes, num_decoder_attention_heads=4, num_encoder_attention_heads=4)
+    model = transformers.ProphetNetForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="ProphetNetConfig cannot describe fewer layers") as error:
+        prune_layers(model, [1])
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_that_builds_no_model_is_refused(monkeypatch):
+    model = tiny("llama")
+
+    class Strict(type(model)):
+        def __init__(self, config):
+            if config.num_hidden_layers < 5:
+                raise KeyError("a table\nof layers")
+            super().__init__(config)
+
+    strict = Strict(model.config).eval()
+    with pytest.raises(ValueError, match="Strict cannot lose these layers.*a model that can be built") as error:
+        prune_layers(strict, [1])
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_model_keeps_of_its_last_run_is_no_setting():
+    "RecurrentGemma's states."
+    model = tiny("llama")
+    wanted = perplexity(prune_layers(model, [1]), BATCHES)
+    model.model.layers[0].mlp.intermediate_size = torch.zeros(3)
+    assert perplexity(prune_layers(model, [1]), BATCHES) == wanted
+
+
+def test_a_cache_that_keeps_nothing_of_a_block():
+    "Nemotron-H has blocks without attention."
+
+    class Nothing(transformers.DynamicCache):
+        def update(self, *args, **kwargs):
+            raise NotImplementedError("this layer stores no cache")
+
+    model = tiny("llama")
+    cache, stand_in = Nothing(config=model.config), None
+    with skip_layers(model, [1]):
+        stand_in = blocks(model)[1]
+    stand_in._pad_cache(cache, torch.zeros(1, 3, 32))
+    assert cache.get_seq_length() == 0
