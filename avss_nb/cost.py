@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, PretrainedConfig, PreTrain
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import sublayer
 from .metrics import N_BINS, STREAM
-from .models import blocks, explain_arguments
+from .models import blocks, explain_arguments, text_config
 from .surgery import projections
 
 # %% ../nbs/27_cost.ipynb #c3afe2b5
@@ -113,7 +113,7 @@ def weight_counts(
     model: nn.Module,
 ) -> dict[str, int]:  # `parameters, layers, width, linear, hidden, head, attention`
     "Sizes that memory and work are made of: numbers of weights, widths, layers."
-    config, own = model.config.get_text_config(), blocks(model)
+    config, own = text_config(model), blocks(model)
     heads = config.num_attention_heads
     linear = 0  # weights of all linear layers of the blocks
     for block in own:

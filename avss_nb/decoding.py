@@ -26,7 +26,7 @@ from .evaluation import is_causal
 from .hooks import input_device, read_activations
 from .intervals import bootstrap_interval
 from .labeling import generate_answers, normalize_answer
-from .models import blocks, explain_arguments
+from .models import blocks, explain_arguments, unwrap
 from .runs import RunDirectory, run_key
 from .surgery import check_layers, resume_at
 
@@ -214,6 +214,7 @@ def dola(
 ):
     """Context manager: inside, the model's logits are log p − log q of its last and an earlier block (DoLa, arXiv
     2309.03883). ValueError for layers, settings or a model that cannot be contrasted."""
+    model = unwrap(model)
     if not is_causal(model) or model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is no causal decoder: no layers to contrast")
     chosen = _premature(model, layers)

@@ -17,7 +17,6 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice
@@ -39,7 +38,7 @@ from .data import QUESTION, Registry, batch_rows, check_tokens, encode_text
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import counts_own_positions, input_device, model_inputs
 from .intervals import bootstrap_interval
-from .models import atomic_write, check_tokenizer, explain_arguments, load_model, one_line
+from .models import atomic_write, check_tokenizer, explain_arguments, load_model, measuring, one_line, unwrap
 from .runs import RunDirectory, key_of, run_key
 
 # %% ../nbs/30_labeling.ipynb #7c5ea804
@@ -532,17 +531,6 @@ def _answer_rows(model, tokenizer, sampling: _Sampling, ends, stop, batch_size, 
     return made
 
 # %% ../nbs/30_labeling.ipynb #8254c039
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    "The model without dropout, and as it was afterwards."
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _by_chunks(chunks: _Chunks, rows: list, prompts: list, n_answers: int, make: Callable, progress: bool) -> list:
     "The answers to all questions, chunk by chunk: read where they are kept, else made."
     made: list[dict] = []
@@ -556,13 +544,14 @@ def _by_chunks(chunks: _Chunks, rows: list, prompts: list, n_answers: int, make:
 # %% ../nbs/30_labeling.ipynb #d14f6977
 def _generated(model, tokenizer, rows, prompts, sampling: _Sampling, opener, batch_size, out, progress) -> Dataset:
     "Check everything, then generate; the work of `generate_answers`."
+    model = unwrap(model)
     _check_generation(model, tokenizer, rows, prompts, sampling)
     n_answers = 1 + sampling.n_samples
     ends, stop = _end_tokens(model, tokenizer), sampling.stop + opener
     chunks = _Chunks(out, sampling.key(model, tokenizer, rows, prompts, (ends, stop)) if out else {})
     questions_at_once = max(1, batch_size // n_answers)
     make = partial(_answer_rows, model, tokenizer, sampling, ends, stop, questions_at_once)
-    with _eval_mode(model):
+    with measuring(model):
         made = _by_chunks(chunks, rows, prompts, n_answers, make, progress)
     return Dataset.from_list(made, features=ANSWER)
 
@@ -994,7 +983,7 @@ def _run_on_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *texts: 
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**6))
     inputs = tokenizer(*texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     inputs = inputs.to(next(model.parameters()).device)
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), measuring(model):
         return model(**inputs), inputs
 
 # %% ../nbs/30_labeling.ipynb #ab43db6a

@@ -442,7 +442,7 @@ def _of_other_parts(model: nn.Module) -> tuple[str, ...]:
 # %% ../nbs/10_models.ipynb #4e976b1a
 def text_config(model: nn.Module) -> Any:  # None for a model without a config
     "The config of a model, of one with several parts that of its text decoder."
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(unwrap(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
