@@ -380,7 +380,7 @@ import sys
 from pathlib import Path
 from avss_nb.metrics import LayerStats
 from avss_nb.models import atomic_write
-for i in range(250):
+for i in range(500):
     atomic_write(Path(sys.argv[1]) / f"{i % 5}.txt", lambda part: part.write_text(sys.argv[2] * 1000))
 """
 
@@ -404,6 +404,7 @@ def test_two_writers_lose_nothing(tmp_path):
     assert all(len(set(file.read_text())) == 1 and file.stat().st_size == 1000 for file in tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_lose_nothing(tmp_path):
     commands = [[sys.executable, "-c", WRITES, str(tmp_path), letter] for letter in "ab"]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
