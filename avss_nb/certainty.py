@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .data import as_batches
-from .importance import SCORES, downstream_stats, loss_increase, removal_losses, score_names
+from .importance import SCORES, downstream_stats, removal_losses, score_names, weighted_increases
 from .metrics import LayerStats, collect_stats
 from .models import explain_arguments
 from .pruning import n_removed
@@ -47,33 +47,36 @@ class _TextSums:
             names = parts[0].sums if parts else {}
             self.sums[source] = {name: np.stack([s.sums[name].numpy() for s in parts]).astype(float) for name in names}
 
-    def _increase(self, weights: np.ndarray) -> pd.Series:
-        "The loss increase of each layer; ValueError where no losses were measured."
+    def _increases(self, weights: np.ndarray) -> np.ndarray:
+        "(draws, layers): the loss increase of each layer; ValueError where no losses were measured."
         if self.losses is None:
             raise ValueError("leave_one_out was not measured: name it among the methods of score_texts")
-        return loss_increase(self.losses.mul(weights, axis=0))
+        return weighted_increases(self.losses, weights)
 
 # %% ../nbs/24_certainty.ipynb #26029d71
 class TextScores(_TextSums):
     "What each text says of each layer: statistics, and losses without it. `reweighted` gives scores for any weights."
 
-    def _score(self, name: str, weights: np.ndarray, stats: dict[str, LayerStats]) -> np.ndarray:  # (layers,)
-        "One score; `stats` and the losses count each text as its weight says."
-        found = self._increase(weights) if name == "leave_one_out" else SCORES[name](stats[SCORES[name].source])
-        return np.asarray(found, float)
+    def _score(self, name: str, weights: np.ndarray, stats: dict[str, list[LayerStats]]) -> np.ndarray:
+        "(draws, layers): one score; the statistics of a draw, and the losses, count each text as its weight says."
+        if name == "leave_one_out":
+            return self._increases(weights)
+        score = SCORES[name]
+        return np.array([score(draw) for draw in stats[score.source]], float)
 
-    def draws(self, weights: np.ndarray, methods: Iterable[str]) -> Iterator[pd.DataFrame]:
+    def draws(self, weights: np.ndarray, methods: Iterable[str]) -> np.ndarray:  # (draws, layers, methods)
         "`reweighted` for each row of weights (draws, texts). 32 rows at once: most of the time goes into reading sums."
+        methods, found = list(methods), []
         for start in range(0, len(weights), 32):
             some = weights[start : start + 32]
             stats = {source: _weighted(sums, some) for source, sums in self.sums.items()}
-            for i, row in enumerate(some):
-                of_row = {source: draws[i] for source, draws in stats.items()}
-                yield pd.DataFrame({name: self._score(name, row, of_row) for name in methods}).rename_axis("layer")
+            found.append(np.stack([self._score(name, some, stats) for name in methods], axis=-1))
+        return np.concatenate(found)
 
     def reweighted(self, weights: np.ndarray, methods: Iterable[str]) -> pd.DataFrame:  # (texts,) -> one row per layer
         "Scores when text i counts `weights[i]` times."
-        return next(self.draws(np.asarray(weights)[None], methods))
+        methods = list(methods)
+        return pd.DataFrame(self.draws(np.asarray(weights)[None], methods)[0], columns=methods).rename_axis("layer")
 
 # %% ../nbs/24_certainty.ipynb #282a3e78
 def _additive(methods: Iterable[str]) -> list[str]:
@@ -143,7 +146,7 @@ def score_certainty(
     methods, n = list(methods), len(texts.tokens)
     point, rng = texts.reweighted(np.ones(n), methods), np.random.default_rng(seed)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)
-    draws = np.stack([scores.to_numpy() for scores in texts.draws(weights, methods)])  # (draws, layers, methods)
+    draws = texts.draws(weights, methods)
     ranks = draws.argsort(axis=1, kind="stable").argsort(axis=1)
     lowest = (ranks < n_removed(fraction, len(point))).mean(0)
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")

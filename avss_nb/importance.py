@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Stream', 'SCORES', 'Measure', 'sublayer_names', 'chosen_layers', 'StatsScore', 'RunScore', 'Score', 'register_score',
            'score_names', 'block_influence', 'angular_distance', 'magnitude', 'taylor', 'removal_losses',
-           'loss_increase', 'leave_one_out', 'sleb', 'shapley', 'downstream_stats', 'layer_scores', 'rank_agreement']
+           'weighted_increases', 'loss_increase', 'leave_one_out', 'sleb', 'shapley', 'downstream_stats',
+           'layer_scores', 'rank_agreement']
 
 # %% ../nbs/23_importance.ipynb #7216ded0
 from collections.abc import Callable, Iterable, Iterator
@@ -453,12 +454,19 @@ def removal_losses(
     return sum_by_text(rows).rename(columns=dict(nll="base_model") | names)
 
 # %% ../nbs/23_importance.ipynb #326a2f2e
+def weighted_increases(losses: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
+    """`loss_increase` when text i counts `weights[:, i]` times: weights are (draws, texts), increases (draws, layers)."""
+    layers = losses.drop(columns=["tokens", "base_model"])
+    with np.errstate(invalid="ignore"):  # no times infinity
+        rise = weights @ layers.to_numpy() - weights @ losses[["base_model"]].to_numpy()
+    return np.where(np.isnan(rise), np.inf, rise) / (weights @ losses[["tokens"]].to_numpy())
+
+
 def loss_increase(losses: pd.DataFrame) -> pd.Series:
     """Rise of the mean loss per layer that is taken out, nats/token, from `removal_losses`;
     infinite where the loss without it is not finite."""
     layers = [c for c in losses.columns if c not in ("tokens", "base_model")]
-    rise = (losses[layers].sum(skipna=False) - losses.base_model.sum()) / losses.tokens.sum()
-    return layer_series(rise.fillna(np.inf).to_numpy(), "leave_one_out", layers)
+    return layer_series(weighted_increases(losses, np.ones((1, len(losses))))[0], "leave_one_out", layers)
 
 
 @register_score("leave_one_out", source="run")
@@ -773,12 +781,10 @@ def _standard(ranks: np.ndarray) -> np.ndarray:
 
 def _drawn_increases(losses: pd.DataFrame, n_resamples: int, seed: int) -> np.ndarray:
     "The loss increase of each layer on all texts, then on each draw of the texts: (1 + n_resamples, layers)."
-    draws = np.random.default_rng(seed).integers(len(losses), size=(n_resamples, len(losses)))
-    layers = [c for c in losses.columns if c not in ("tokens", "base_model")]
-    rise = losses[layers].to_numpy() - losses[["base_model"]].to_numpy()
-    tokens = losses.tokens.to_numpy()
-    summed = np.vstack([rise.sum(0), rise[draws].sum(1)])
-    return summed / np.concatenate([[tokens.sum()], tokens[draws].sum(1)])[:, None]
+    n = len(losses)
+    draws = np.random.default_rng(seed).integers(n, size=(n_resamples, n))
+    weights = [np.ones(n), *(np.bincount(draw, minlength=n) for draw in draws)]
+    return weighted_increases(losses, np.array(weights))
 
 # %% ../nbs/23_importance.ipynb #a4689392
 def rank_agreement(

@@ -46,12 +46,12 @@ def bin_edges() -> np.ndarray:
 def share_below(hist: np.ndarray, eps: np.ndarray) -> np.ndarray:
     """Share of values with |a| < eps from histograms `hist` (L, N_BINS) and thresholds (L,);
     linear inside the bin, so off by at most that bin's share."""
-    edges, below = bin_edges(), np.concatenate([np.zeros((len(hist), 1)), hist.cumsum(1)], axis=1)
+    edges = bin_edges()
     b = np.clip(np.searchsorted(edges, eps, side="right") - 1, 0, N_BINS - 1)
-    row = np.arange(len(hist))
+    below = np.array([counts[:end].sum() for counts, end in zip(hist, b)])
     with np.errstate(invalid="ignore"):
         inside = np.where(b == 0, 1, np.nan_to_num((eps - edges[b]) / (edges[b + 1] - edges[b])))
-    return (below[row, b] + inside * hist[row, b]) / below[:, -1]
+    return (below + inside * hist[np.arange(len(hist)), b]) / hist.sum(1)
 
 # %% ../nbs/13_metrics.ipynb #a6ca1613
 REDUCTIONS = ("elements", "samples", "neurons")
