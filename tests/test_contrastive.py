@@ -37,7 +37,7 @@ from avss_nb.contrastive import (
 )
 from avss_nb.evaluation import option_logprobs
 from avss_nb.models import blocks
-from tiny import FAMILIES, MORE_FAMILIES, QUICK, VOCABULARY, one_thread, tiny
+from tiny import FAMILIES, MORE_FAMILIES, QUICK, VOCABULARY, one_thread, swept, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
 STATELESS = [f for f in CAUSAL if f != "mamba"]  # a state-space model reads its padding on the left
@@ -196,7 +196,7 @@ def test_own_wrong_answers_stand_first_and_leave_the_rest():
 # ---- the model's side
 
 
-@pytest.mark.parametrize("family", STATELESS)
+@pytest.mark.parametrize("family", swept(STATELESS))
 def test_answers_have_the_probabilities_that_they_have_alone(family):
     model, rows = tiny(family), rows_of()
     with torch.no_grad():
@@ -243,9 +243,9 @@ def test_losses_do_not_depend_on_the_other_questions_of_the_batch(objective):
     "family, point",
     [
         *(pytest.param(name, "output", marks=[] if name in QUICK else pytest.mark.slow) for name in STATELESS),
-        ("llama", "update"),
         ("llama", "relative_update"),
-        ("gpt2", "relative_update"),
+        pytest.param("llama", "update", marks=pytest.mark.slow),
+        pytest.param("gpt2", "relative_update", marks=pytest.mark.slow),
     ],
 )
 def test_passing_over_the_frozen_blocks_changes_no_loss_and_no_weight(family, point):
@@ -265,7 +265,7 @@ def test_passing_over_the_frozen_blocks_changes_no_loss_and_no_weight(family, po
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", STATELESS)
+@pytest.mark.parametrize("family", swept(STATELESS))
 def test_every_family_learns_in_the_named_blocks_alone_and_is_saved(family, tmp_path):
     model = tiny(family)
     before = weights(model)

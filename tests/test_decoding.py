@@ -365,7 +365,7 @@ RISKS = dict(
 FINE = (np.arange(10_000) + 0.5) / 10_000
 
 
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
+@pytest.mark.parametrize("confidence", [0.8, pytest.param(0.95, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", RISKS)
 @pytest.mark.parametrize("grid", [None, np.linspace(0.05, 1, 20)], ids=["by number", "grid"])
 def test_the_promise_is_kept(kind, confidence, grid):

@@ -384,7 +384,8 @@ def check_same(model, other, batches: list[dict]):
 
 @pytest.mark.parametrize(
     "family, way",
-    [("llama", w) for w in ("memory", "disk", "split", "loaded")] + [("gpt2", "loaded"), ("gemma3_text", "split")],
+    [("llama", way) for way in ("memory", "disk", "split", "loaded")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("gpt2", "loaded"), ("gemma3_text", "split"))],
 )
 def test_offloaded_models_give_the_same(family, way, tmp_path):
     model = tiny(family)
@@ -476,7 +477,7 @@ def on_two_devices(model, devices: FakeDevices):
     return split
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_split_over_two_devices(family):
     model, devices, batches = tiny(family), FakeDevices(), [batch_of(7, 5, 9), batch_of(3, 8, side="left", seed=1)]
     split = on_two_devices(model, devices)

@@ -476,7 +476,7 @@ def test_greedy_is_the_reference(lazy):
     assert not hooks(model) and not sparse_projections(model)
 
 
-@pytest.mark.parametrize("family", [f for f in ALL if f != "mamba"])
+@pytest.mark.parametrize("family", swept(f for f in ALL if f != "mamba"))
 def test_greedy_in_every_family(family):
     model, batch = tiny(family), batch_of(9, 4, 6)
     before = out(model, batch)

@@ -10,7 +10,15 @@ import pytest
 from conftest import ROOT
 
 RUFF = ["ruff", "check", "--no-cache", "avss_nb", "tests", "bench", "nbs/_run.py", "nbs/_site.py", "nbs/_map.py"]
-MYPY = ["mypy", "--no-incremental"]
+MYPY = ["mypy"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    "What mypy has read, for the tests of this file alone."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYPY_CACHE_DIR", str(tmp_path_factory.mktemp("mypy")))
+        yield
 
 
 @pytest.mark.parametrize("command", [RUFF, [*MYPY, "avss_nb"]], ids=lambda command: command[0])

@@ -60,6 +60,7 @@ WRAPPERS = dict(
     disk_offload=on_disk,
 )
 FAMILIES = ("gpt2", "llama")
+COMPILED = [name for name in WRAPPERS if "compiled" in name]  # each takes seconds to trace
 
 
 def wrap(name: str, family: str, tmp_path):
@@ -88,8 +89,11 @@ def plain():
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    "wrapper, family",
+    [(wrapper, "llama") for wrapper in WRAPPERS]
+    + [pytest.param(wrapper, "gpt2", marks=pytest.mark.slow if wrapper in COMPILED else ()) for wrapper in WRAPPERS],
+)
 def test_a_wrapped_model_measures_as_the_model_inside(wrapper, family, plain, tmp_path):
     model = wrap(wrapper, family, tmp_path)
     modes = [part.training for part in model.modules()]
