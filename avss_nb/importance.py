@@ -453,9 +453,9 @@ def removal_losses(
     names = {str(layer): layer for layer in chosen}
     return sum_by_text(rows).rename(columns=dict(nll="base_model") | names)
 
-# %% ../nbs/23_importance.ipynb #326a2f2e
+# %% ../nbs/23_importance.ipynb #5c546455
 def weighted_increases(losses: pd.DataFrame, weights: np.ndarray) -> np.ndarray:
-    """`loss_increase` when text i counts `weights[:, i]` times: weights are (draws, texts), increases (draws, layers)."""
+    "`loss_increase` (draws, layers) when text i counts `weights[:, i]` times; weights are (draws, texts)."
     layers = losses.drop(columns=["tokens", "base_model"])
     with np.errstate(invalid="ignore"):  # no times infinity
         rise = weights @ layers.to_numpy() - weights @ losses[["base_model"]].to_numpy()
@@ -468,7 +468,7 @@ def loss_increase(losses: pd.DataFrame) -> pd.Series:
     layers = [c for c in losses.columns if c not in ("tokens", "base_model")]
     return layer_series(weighted_increases(losses, np.ones((1, len(losses))))[0], "leave_one_out", layers)
 
-
+# %% ../nbs/23_importance.ipynb #326a2f2e
 @register_score("leave_one_out", source="run")
 def leave_one_out(
     model: nn.Module,

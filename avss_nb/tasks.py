@@ -150,12 +150,16 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+_FOLDERS = ("sciq", "truthfulqa", "nq_open", "triviaqa", "glue/sst2", "wikitext")  # in which lm-eval has its tasks
+
+
 @cache
 def _task_manager():
-    "The harness's index of its tasks: to read it takes seconds."
-    from lm_eval.tasks import TaskManager
+    "The harness's index of the tasks in use: to read the files of all that it has takes half a minute."
+    from lm_eval import tasks
 
-    return TaskManager()
+    folder = Path(tasks.__file__).parent
+    return tasks.TaskManager(include_defaults=False, include_path=[folder / name for name in _FOLDERS])
 
 # %% ../nbs/91_tasks.ipynb #db121d4b
 def _loaded(tasks: list[dict]) -> list:

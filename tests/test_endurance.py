@@ -43,7 +43,7 @@ LONG = dict(
     variants=dict(changes=20, kills=12),
     tune=dict(changes=20, kills=10),
 )
-# A study that is left alone, for the tests of damaged files; answers that are killed until they end by themselves, once.
+# A study that is left alone, for the tests of damaged files; answers that are killed until they end by themselves.
 QUICK = dict(study=LONG["study"] | dict(kills=0), answers=LONG["answers"] | dict(kills=1))
 
 

@@ -182,7 +182,6 @@ def test_examples_in_the_prompt_are_other_questions():
     assert len(shots) > 2000 and not asked & {s["question"].casefold() for s in shots}
 
 
-@pytest.mark.slow  # the first use of lm-eval's own tasks reads them all
 def test_a_missing_file_is_asked_of_the_hub_and_named(bundled, tmp_path):
     with pytest.raises(FileNotFoundError, match="nq_open: neither all in the data folder"):
         task_items(*bundled, "nq_open", limit=1, path=tmp_path)
