@@ -9,7 +9,7 @@ READY := .venv/ready
 study test test-all run studies profile: export MALLOC_MMAP_THRESHOLD_ := 4294967296
 study test test-all run studies profile: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
-.PHONY: help study test test-all tables lab docs bench profile studies run export readme clean
+.PHONY: help study test test-all models tables lab docs bench profile studies run export readme clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -31,6 +31,11 @@ test: $(READY)  ## run every test, and every chapter from its stored tables (ten
 
 test-all: $(READY)  ## measure every table of the chapters anew, and run the long sweeps (forty minutes)
 	AVSS_NB_FRESH=1 $(PYTEST) -m "slow or chapter"
+
+MODELS ?= gemma3-270m qwen2.5-coder-0.5b
+
+models: $(READY)  ## fetch real models of other families, by exact hash: optional (0.75 GB, 4 GB converted)
+	@for name in $(MODELS); do $(BIN)/avss ls models --fetch "$$name" || exit 1; done
 
 tables: $(READY)  ## measure the tables of chapters anew and store them (NBS="nbs/23_importance.ipynb" for some)
 	AVSS_NB_FRESH=store $(BIN)/python nbs/_run.py $(NBS)

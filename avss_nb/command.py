@@ -128,10 +128,11 @@ def _prune(options: Namespace) -> int:
 
 # %% ../nbs/53_command.ipynb #8c5525ae
 def _models() -> dict[str, str]:
-    "Short names of models -> their hub ids."
-    from avss_nb.models import KNOWN_MODELS
+    "Short names of models -> their hub ids, and which of them are fetched on demand."
+    from avss_nb.models import KNOWN_MODELS, OPTIONAL_MODELS
 
-    return dict(KNOWN_MODELS)
+    optional = dict.fromkeys(OPTIONAL_MODELS.sections(), "  (optional: avss ls models --fetch NAME)")
+    return {name: hub + optional.get(name, "") for name, hub in KNOWN_MODELS.items()}
 
 
 def _data() -> dict[str, str]:
@@ -176,8 +177,19 @@ def _model(options: Namespace) -> dict[str, str]:
     return capabilities(load_model(options.name, trust_remote_code=options.trust_remote_code)[0])
 
 
+def _fetch(name: str) -> int:
+    "Fetch an optional model, after its terms were shown."
+    from avss_nb.fetch import fetch_model, model_terms
+
+    print(model_terms(name), file=sys.stderr)
+    print(f"{name} is in {fetch_model(name, progress=True)}")
+    return 0
+
+
 def _ls(options: Namespace) -> int:
     "The command `avss ls`."
+    if options.fetch:
+        return _fetch(options.fetch)
     found = _model(options) if options.kind == "model" else LISTS[options.kind]()
     width = max(map(len, found))
     for name, meaning in found.items():
@@ -242,6 +254,7 @@ def _add_ls(commands):
     )
     parser.add_argument("kind", choices=(*LISTS, "model"), help="what to list")
     parser.add_argument("name", nargs="?", help="for `model`: a short name, folder, GGUF file or hub id")
+    parser.add_argument("--fetch", metavar="NAME", help="fetch this optional model, after its size and terms are shown")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=_ls)
@@ -257,7 +270,7 @@ def command_parser() -> ArgumentParser:
     return parser
 
 # %% ../nbs/53_command.ipynb #12764d22
-KNOWN_ERRORS = (ValueError, OSError, FloatingPointError, RuntimeError)
+KNOWN_ERRORS = (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError)
 
 
 def _say(command: str, error: Exception) -> int:

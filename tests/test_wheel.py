@@ -20,7 +20,15 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copytree(
             ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results", "images")
         )
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in (
+        "settings.ini",
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "optional-models.txt",
+    ):
         shutil.copy(ROOT / name, copy / name)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", copy / "dist", cwd=copy)
     (made,) = (copy / "dist").glob("*.whl")
@@ -74,7 +82,7 @@ def test_it_carries_the_package_and_one_notebook(wheel):
     assert {
         f"avss_nb/{p.name}"
         for p in (ROOT / "avss_nb").iterdir()
-        if p.suffix in (".py", ".pyi", ".ipynb") or p.name == "py.typed"
+        if p.suffix in (".py", ".pyi", ".ipynb", ".txt") or p.name == "py.typed"
     } == {n for n in names if ".dist-info/" not in n}
     assert any(n.endswith("LICENSE") for n in names)
 
