@@ -8,6 +8,7 @@ __all__ = ['MODEL_OPTIONS', 'TEXT_OPTIONS', 'PRUNE_OPTIONS', 'REPORT_NEEDS', 'EX
 
 # %% ../nbs/53_command.ipynb #088384ad
 import importlib
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
@@ -291,7 +292,12 @@ def main(arguments: list[str] | None = None) -> int:  # status: 0, 1 or 2
     "The command `avss`."
     options = command_parser().parse_args(arguments)
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # a reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if options.debug:
             raise

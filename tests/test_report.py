@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -314,6 +315,17 @@ def test_scores_alone_are_printed_and_written(model_folder, tmp_path, capsys):
     printed, table = capsys.readouterr().out, pd.read_csv(tmp_path / "scores.csv", index_col="layer")
     assert [*table.columns] == ["avss", "leave_one_out"] and len(table) == 8
     assert printed.split()[:2] == ["avss", "leave_one_out"] and len(printed.splitlines()) == 10
+
+
+def test_a_reader_that_has_seen_enough(monkeypatch, capsys):
+    "`avss ls scores | head -1` says nothing of a broken pipe."
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["ls", "scores"]) == 0
+    monkeypatch.undo()
+    assert not capsys.readouterr().err
 
 
 def test_nothing_is_loaded_for_a_plan(model_folder, tmp_path, capsys, monkeypatch):
