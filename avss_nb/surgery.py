@@ -28,7 +28,17 @@ from avss_nb.hooks import (
     text_error,
     without_hooks,
 )
-from .models import blocks, check_merged, explain_arguments, measuring, one_line, shared_copy, uncompiled, unwrap
+from avss_nb.models import (
+    blocks,
+    check_merged,
+    explain_arguments,
+    measuring,
+    one_line,
+    reason,
+    shared_copy,
+    uncompiled,
+    unwrap,
+)
 
 # %% ../nbs/21_surgery.ipynb #fb4d9ec1
 class _StandIn(nn.Module):
@@ -242,7 +252,7 @@ def _cannot_skip(model: nn.Module, layers: list[int], error: Exception) -> Value
     "The error of a model that runs, and not without these layers."
     return ValueError(
         f"{type(unwrap(model)).__name__} does not run without {layers}: others take from them more than the stream "
-        f"({type(error).__name__}: {one_line(error)}); leave these layers in"
+        f"({reason(error)}); leave these layers in"
     )
 
 # %% ../nbs/21_surgery.ipynb #3ed4a4ae
