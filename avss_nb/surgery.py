@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy, deepcopy
+from traceback import walk_tb
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -255,6 +256,17 @@ def _cannot_skip(model: nn.Module, layers: list[int], error: Exception) -> Value
         f"({reason(error)}); leave these layers in"
     )
 
+
+def _in_forward(model: nn.Module, error: BaseException | None) -> bool:
+    "Whether an error, or one that led to it, was raised while the model or a part of it ran."
+    parts = {id(part) for part in unwrap(model).modules()}
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            if frame.f_code.co_name == "_call_impl" and id(frame.f_locals.get("self")) in parts:
+                return True
+        error = error.__cause__ or error.__context__
+    return False
+
 # %% ../nbs/21_surgery.ipynb #3ed4a4ae
 @contextmanager
 def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
@@ -278,8 +290,8 @@ def _without(model: nn.Module, skipped: list[int], zeroed: list[nn.Module]) -> I
         with replaced_blocks(model, {i: PassThrough(layers[i]) for i in skipped}), _zeroed(zeroed):
             try:
                 yield model
-            except Exception:
-                why = text_error(model)
+            except Exception as error:
+                why = text_error(model) if _in_forward(model, error) else None
                 raise
     except Exception as error:
         if why is not None and text_error(model) is None:

@@ -542,6 +542,21 @@ def test_a_layer_that_others_cannot_do_without_is_refused():
         1 / 0  # noqa: B018
 
 
+def test_a_model_is_asked_only_about_errors_of_its_own(monkeypatch):
+    model, ids = HandsOn(notes=True), batch_of(9)["input_ids"]
+    runs, own = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids: runs.append(1) or own(input_ids))
+    with pytest.raises(KeyError, match="mine"), skip_layers(model, [0, 1, 2]):
+        raise KeyError("mine")
+    assert not runs
+    with pytest.raises(ValueError, match=r"without \[0, 1, 2\]"), skip_layers(model, [0, 1, 2]):
+        try:
+            model(ids)
+        except KeyError as error:
+            raise RuntimeError("said in other words") from error
+    assert len(runs) == 3  # the caller's run, one without these layers, one with them
+
+
 def test_a_layer_that_a_text_does_not_run_has_no_leave_one_out():
     "Mllama's cross-attention waits for an image."
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=99)
