@@ -377,8 +377,9 @@ def _unseen(model: nn.Module) -> Iterator[None]:
 # %% ../nbs/11_hooks.ipynb #7b3d17cd
 def _n_tokens(model: nn.Module) -> int:
     "How many token ids a model knows: as its config says, or as its first embedding has rows."
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    return getattr(text_config(model), "vocab_size", None) or (tables[0].num_embeddings if tables else 9)
+    if named := getattr(text_config(model), "vocab_size", None):
+        return named
+    return next((part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)), 9)
 
 
 def _probe_rows(model: nn.Module) -> torch.Tensor:
