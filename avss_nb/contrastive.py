@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import QUESTION, batch_rows, check_tokens, distractor_kinds, encode_pair
 from .evaluation import is_causal
 from .hooks import block_input, hidden_state, model_inputs, read_activations
-from .models import blocks, explain_arguments
+from .models import blocks, explain_arguments, text_config
 from .runs import RunDirectory, run_key
 from .surgery import PassThrough, check_layers, layer_of, replaced_blocks, skip_layers
 from .training import last_checkpoint, seeded_rng, train_adapter, trainer_arguments
@@ -456,7 +456,7 @@ class FrozenPrefix(_StoredStates):
         batch_size: int = 32,
         progress: bool = False,
     ):
-        super().__init__(rows, firsts, model.config.get_text_config().hidden_size, next(model.parameters()).dtype)
+        super().__init__(rows, firsts, text_config(model).hidden_size, next(model.parameters()).dtype)
         ids = [(i, row["prompt"] + row["answer"]) for i, row in enumerate(rows)]
         if self.states:
             batches = batch_rows(ids, tokenizer, batch_size=batch_size, padding_side="right")

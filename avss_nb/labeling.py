@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .data import QUESTION, Registry, batch_rows, check_tokens, encode_text
+from .data import QUESTION, Registry, batch_rows, check_tokens, encode_text, model_window
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import counts_own_positions, input_device, model_inputs
 from .intervals import bootstrap_interval
@@ -980,7 +980,7 @@ def _entailment(model: nn.Module, entailment: int | str | None) -> int:
 
 def _run_on_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *texts: list[str]):
     "What a model gives for texts, or for pairs of texts, and its inputs; too long ones are cut."
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**6))
+    longest = min(tokenizer.model_max_length, model_window(model) or 10**6)
     inputs = tokenizer(*texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     inputs = inputs.to(next(model.parameters()).device)
     with torch.no_grad(), measuring(model):

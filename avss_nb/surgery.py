@@ -37,6 +37,7 @@ from avss_nb.models import (
     one_line,
     reason,
     shared_copy,
+    text_config,
     uncompiled,
     unwrap,
 )
@@ -463,7 +464,7 @@ def _says(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def _check_says(small: nn.Module, model: nn.Module, units: list[int | str]) -> None:
     "ValueError where the model without layers says other things than the one that skips them."
-    ids = torch.arange(3, 9)[None] % small.config.get_text_config().vocab_size
+    ids = torch.arange(3, 9)[None] % text_config(small).vocab_size
     try:
         with without_hooks(model), skip_layers(model, units):  # a sparse model's zeros are set by hooks: both are dense
             wanted = _says(model, ids)
@@ -489,7 +490,7 @@ def _cut(model: PreTrainedModel, path: str, units: list[int | str], kept: list[i
             _zero_sublayer(own[layer_of(unit)], unit)
     small.set_submodule(path, nn.ModuleList(own[i] for i in kept))
     _shorten_plan(small.config, kept)
-    _shorten(small.config.get_text_config(), kept, len(own))
+    _shorten(text_config(small), kept, len(own))
     _agree_with_config(small, path, own[0])
     return small
 
