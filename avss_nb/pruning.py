@@ -153,12 +153,13 @@ def measure_removal(
     *,
     out: str | Path | None = None,  # a folder that keeps each choice's answers: a stopped run resumes there
     max_length: int = 256,  # tokens of each text that are used
-    progress: bool = False,
+    progress: bool | Callable[[Iterable], Iterable] = False,  # or what walks the choices in the bar's place
 ) -> pd.DataFrame:  # index (choice, measure); `item`, `value` (summed nats, or 1 right, 0 wrong), `tokens`, `removes`
     """What the model does with every item without each choice of layers; equal choices are measured once.
     ValueError as in `check_layers`, or for an `out` of other work, before anything runs."""
     layers_of = {name: tuple(check_layers(layers, len(blocks(model)))) for name, layers in choices.items()}
-    different = tqdm(dict.fromkeys(layers_of.values()), desc="removing layers", disable=not progress)
+    walk = progress if callable(progress) else partial(tqdm, desc="removing layers", disable=not progress)
+    different = walk(dict.fromkeys(layers_of.values()))
     found = _measure_choices(model, tokenizer, different, (texts, questions, sentences), max_length, out)
     return pd.concat({name: found[layers] for name, layers in layers_of.items()}, names=["choice"])
 
