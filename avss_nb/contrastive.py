@@ -37,7 +37,7 @@ from .hooks import block_input, hidden_state, model_inputs, read_activations
 from .models import blocks, explain_arguments, text_config
 from .runs import RunDirectory, run_key
 from .surgery import PassThrough, check_layers, layer_of, replaced_blocks, skip_layers
-from .training import last_checkpoint, seeded_rng, train_adapter, trainer_arguments
+from .training import check_trainable, last_checkpoint, seeded_rng, train_adapter, trainer_arguments
 
 # %% ../nbs/33_contrastive.ipynb #68b01944
 def _check_shapes(anchor: torch.Tensor, positive: torch.Tensor, negatives: torch.Tensor | None):
@@ -677,7 +677,7 @@ def _check_recipe(recipe: ContrastiveRecipe):
 
 # %% ../nbs/33_contrastive.ipynb #106d7543
 def _check_model(model: nn.Module):
-    "ValueError for a model without answers to train, or with an adapter on it."
+    "ValueError for a model without answers to train, with an adapter on it, or with offloaded weights."
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not is_causal(model):
@@ -685,6 +685,7 @@ def _check_model(model: nn.Module):
     if getattr(model, "peft_config", None) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         remedy = "merge it (merge_and_unload) or take it off (unload) first"
         raise ValueError(f"there is an adapter on the model already: {remedy}")
+    check_trainable(model)
 
 
 def _check_window(model: Any, rows: list[dict]):
