@@ -107,6 +107,18 @@ def _has_position_bias(block: nn.Module) -> bool:
     "Whether this is T5's first block, which makes the position bias of all."
     return any(getattr(part, "has_relative_attention_bias", False) for part in block.modules())
 
+# %% ../nbs/21_surgery.ipynb #6b30e9fc
+class _Untold(ValueError):
+    "What a part of a model returned is in no form in which its hidden state can be told."
+
+
+def _told(result, module: nn.Module):
+    "What a part of a model returned; ValueError naming its class for a dict, from which others take by name."
+    if type(result) is dict:
+        found = f"{type(module).__name__} returns a dict ({', '.join(result)}), not a hidden state"
+        raise _Untold(f"{found}: nothing can stand in for it; choose a family whose layers return their hidden state")
+    return result
+
 # %% ../nbs/21_surgery.ipynb #a9fc56bd
 class _SameForm(_StandIn):
     "… and it finds out in which form the block returns its output."
@@ -119,7 +131,7 @@ class _SameForm(_StandIn):
         if "use_cache" in named:
             named["use_cache"] = False
         with torch.no_grad(), torch.random.fork_rng(), without_hooks(self.block):
-            return self.block(*map(_no_cache, args), **named)
+            return _told(self.block(*map(_no_cache, args), **named), self.block)
 
     def _returned_with(self, args: tuple, kwargs: dict) -> tuple | None:
         "What the block's class returns after the hidden state: None for a bare tensor. Tried once per class."
@@ -246,7 +258,7 @@ def replaced_blocks(
 
 def _zeros(module: nn.Module, args: tuple, result):
     "A forward hook: zeros in the place of the hidden state."
-    zeros = torch.zeros_like(hidden_state(result))
+    zeros = torch.zeros_like(hidden_state(_told(result, module)))
     return zeros if isinstance(result, torch.Tensor) else (zeros, *result[1:])
 
 # %% ../nbs/21_surgery.ipynb #db02a42f
@@ -296,7 +308,7 @@ def _without(model: nn.Module, skipped: list[int], zeroed: list[nn.Module]) -> I
                 raise
     except Exception as error:
         if why is not None and text_error(model) is None:
-            raise _cannot_skip(model, skipped, why) from error
+            raise (why if isinstance(why, _Untold) else _cannot_skip(model, skipped, why)) from error
         raise
 
 # %% ../nbs/21_surgery.ipynb #967c78b7
