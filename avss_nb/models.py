@@ -453,7 +453,10 @@ def text_config(model: nn.Module) -> Any:  # None for a model without a config
 
 def _configured_layers(model: nn.Module) -> int | None:
     "The number of layers that the config of a model, or of its text decoder, names; None without one."
-    return getattr(text_config(model), "num_hidden_layers", None)
+    config = text_config(model)
+    alone = not getattr(config, "is_encoder_decoder", True)  # BART's decoder alone: the other number is its encoder's
+    of_decoder = getattr(config, "decoder_layers", None) if alone else None
+    return of_decoder or getattr(config, "num_hidden_layers", None)
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

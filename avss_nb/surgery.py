@@ -374,6 +374,8 @@ def _shorten(config, kept: list[int], n_layers: int) -> None:
         config.num_hidden_layers = len(kept)
     except NotImplementedError as error:
         raise ValueError(f"{type(config).__name__} cannot describe fewer layers: {one_line(error)}") from error
+    if hasattr(config, "decoder_layers"):  # BART's decoder alone
+        config.decoder_layers = len(kept)
 
 
 def _shorten_plan(config, kept: list[int]) -> None:
