@@ -388,7 +388,7 @@ def _probe_rows(model: nn.Module) -> torch.Tensor:
     ids = torch.tensor([i for i in range(3, 11) if i != pad][:7]) % _n_tokens(model)
     return torch.stack([ids[:6], ids[[0, 1, 2, 3, 4, 6]]])
 
-
+# %% ../nbs/11_hooks.ipynb #d04755c6
 def _answer(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     "Logits, or hidden states of a model without a head, in float32: (B, T, width). Without a mask all tokens count."
     mask = torch.ones_like(ids) if mask is None else mask

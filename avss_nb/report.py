@@ -478,17 +478,18 @@ class _Progress:
         else:
             self.skip(name, part=part)
 
-    def each(self, name: str, items: Iterable) -> Iterator:
-        "The items, one by one, each an equal part of a step of the plan."
-        items = list(items)
-        for item in items:
-            with self.step(name, 1 / len(items)):
-                yield item
-
     def skip(self, *names: str, part: float = 1.0):
         "Steps that are there already count for nothing."
         self.bar.total -= float(self.plan[list(names)].sum()) * part
         self.bar.refresh()
+
+# %% ../nbs/50_report.ipynb #d2213fed
+def _in_parts(progress: _Progress, name: str, items: Iterable) -> Iterator:
+    "The items, one by one, each an equal part of a step of the plan."
+    items = list(items)
+    for item in items:
+        with progress.step(name, 1 / len(items)):
+            yield item
 
 # %% ../nbs/50_report.ipynb #37d3a1c7
 POINTS = ("output", "update", "relative_update")
@@ -536,7 +537,7 @@ class _Measurement(_Bench):
         "The loss of each text without each layer, batch by batch."
         calibration = self.batches()
         files = [self.out / "losses" / f"batch-{i}.csv" for i in range(len(calibration))]
-        for file, batch in self.progress.each("leave one out", zip(files, calibration)):
+        for file, batch in _in_parts(self.progress, "leave one out", zip(files, calibration)):
             cached_table(file, lambda: removal_losses(self.model, [batch]), index="text")
         return _stored_losses(files)
 
@@ -575,7 +576,7 @@ def _measured_choices(work: _Measurement) -> pd.DataFrame:  # as `measure_remova
     choices = {method: chosen[method] for method in ["base_model", *_pruned_by(settings)]}
     tests = data["held_out"], data["questions"], data["sentences"]
     options: dict[str, Any] = dict(out=work.out / "items", max_length=settings.max_length)
-    options |= dict(progress=partial(work.progress.each, "removing layers"))
+    options |= dict(progress=partial(_in_parts, work.progress, "removing layers"))
     parts = [measure_removal(work.model, work.tokenizer, choices, *tests, **options)]
     if settings.heal_steps:
         with work.progress.step("healing"):

@@ -18,6 +18,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+# %% ../nbs/21_surgery.ipynb #18c9c8ed
 from avss_nb.hooks import (
     block_input,
     hidden_state,
