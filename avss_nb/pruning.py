@@ -8,7 +8,7 @@ __all__ = ['SELECTION_RULES', 'n_removed', 'select_layers', 'measure_items', 'me
 
 # %% ../nbs/22_pruning.ipynb #176eaf1e
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def _measure_choices(
 def measure_removal(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    choices: dict[str, Iterable[int | str]],  # name -> layers to skip; none of them: the base model
+    choices: Mapping[str, Iterable[int | str]],  # name -> layers to skip; none of them: the base model
     texts: list[str],
     questions: Dataset,  # with distractors
     sentences: Dataset,
