@@ -34,10 +34,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data import QUESTION, batch_rows, check_tokens, distractor_kinds, encode_pair
 from .evaluation import is_causal
 from .hooks import block_input, hidden_state, model_inputs, read_activations
-from .models import blocks, explain_arguments
+from .models import blocks, explain_arguments, text_config
 from .runs import RunDirectory, run_key
 from .surgery import PassThrough, check_layers, layer_of, replaced_blocks, skip_layers
-from .training import last_checkpoint, seeded_rng, train_adapter, trainer_arguments
+from .training import check_trainable, last_checkpoint, seeded_rng, train_adapter, trainer_arguments
 
 # %% ../nbs/33_contrastive.ipynb #68b01944
 def _check_shapes(anchor: torch.Tensor, positive: torch.Tensor, negatives: torch.Tensor | None):
@@ -456,7 +456,7 @@ class FrozenPrefix(_StoredStates):
         batch_size: int = 32,
         progress: bool = False,
     ):
-        super().__init__(rows, firsts, model.config.get_text_config().hidden_size, next(model.parameters()).dtype)
+        super().__init__(rows, firsts, text_config(model).hidden_size, next(model.parameters()).dtype)
         ids = [(i, row["prompt"] + row["answer"]) for i, row in enumerate(rows)]
         if self.states:
             batches = batch_rows(ids, tokenizer, batch_size=batch_size, padding_side="right")
@@ -677,7 +677,7 @@ def _check_recipe(recipe: ContrastiveRecipe):
 
 # %% ../nbs/33_contrastive.ipynb #106d7543
 def _check_model(model: nn.Module):
-    "ValueError for a model without answers to train, or with an adapter on it."
+    "ValueError for a model without answers to train, with an adapter on it, or with offloaded weights."
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not is_causal(model):
@@ -685,6 +685,7 @@ def _check_model(model: nn.Module):
     if getattr(model, "peft_config", None) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         remedy = "merge it (merge_and_unload) or take it off (unload) first"
         raise ValueError(f"there is an adapter on the model already: {remedy}")
+    check_trainable(model)
 
 
 def _check_window(model: Any, rows: list[dict]):

@@ -402,13 +402,19 @@ def _empty_sums(points: Sequence[str], n_answers: int, n_layers: int) -> dict[st
             sums[f"{point}.{quantity}"] = torch.zeros(n_answers, n_layers, *shape, dtype=dtype)
     return sums
 
-
+# %% ../nbs/31_eavss.ipynb #350b059a
 def _check_sums(new: dict[str, torch.Tensor], layer: int, point: str, names: list[str]) -> None:
-    "FloatingPointError naming the layer, and the first answer, that is not finite."
+    """FloatingPointError naming the layer, and the first answer, that is not finite; ValueError for an answer of which
+    no token counts."""
     bad = (~torch.isfinite(new["sumsq"])).nonzero()
     if bad.numel():
         where = f"layer {layer} are NaN or infinite at {point!r}, first in the answer to {names[bad[0, 0]]!r}"
         raise FloatingPointError(f"activations of {where}: nothing was scored")
+    if (none := (new["count"] == 0).nonzero()).numel():
+        raise ValueError(
+            f"the answer to {names[none[0, 0]]!r} has no {point!r} at layer {layer}: the input of all its tokens is "
+            "zero there; leave it out, or read 'update'"
+        )
 
 # %% ../nbs/31_eavss.ipynb #bde1c195
 class _AnswerReader:
@@ -427,9 +433,14 @@ class _AnswerReader:
         self.found: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
 
     def add(self, layer: int, point: str, a: torch.Tensor) -> None:
-        "Sum the activations (B, T, width) of a layer."
-        tokens = a.reshape(-1, a.shape[-1])[self.positions.to(a.device)]
-        self.found[layer, point] = _answer_sums(tokens, self.owner.to(a.device), len(a))
+        "Sum the activations (B, T, width) of a layer. A token whose input is zero has no relative update."
+        tokens, owner = a.reshape(-1, a.shape[-1])[self.positions.to(a.device)], self.owner.to(a.device)
+        if point == "input":  # read before the others
+            self.has_input = tokens.any(-1)
+        if point == "relative_update" and not self.has_input.all():
+            tokens, owner = tokens[self.has_input], owner[self.has_input]
+        if point in self.points:
+            self.found[layer, point] = _answer_sums(tokens, owner, len(a))
 
 # %% ../nbs/31_eavss.ipynb #e4a371c8
 class _KeepingReader(_AnswerReader):
@@ -469,6 +480,7 @@ def _read_all(model: nn.Module, batches: Iterable[dict], readers: list[_KeepingR
         for reader in readers:
             reader.add(layer, point, a)
 
+    points = dict.fromkeys(("input", *points)) if "relative_update" in points else points  # the input comes first
     with read_activations(model, points, add):
         for batch in tqdm(batches, desc="reading answers", disable=not progress):
             for reader in readers:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import check_tokens
 from .evaluation import token_nll
-from .models import explain_arguments, measuring, unwrap
+from .models import explain_arguments, measuring, text_config, unwrap
 from .runs import RunDirectory, run_key
 from .training import check_trainable, pack_texts, seeded_rng, train_adapter, trainer_arguments
 
@@ -106,7 +106,7 @@ def _check_options(model: PreTrainedModel, teacher: PreTrainedModel | None, opti
         raise ValueError("steps, batch_size, rank and save_every are at least 1, max_length 2")
     if teacher is None:
         return
-    if teacher.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+    if text_config(teacher).vocab_size != text_config(model).vocab_size:
         raise ValueError("teacher and model have different vocabularies")
 
 

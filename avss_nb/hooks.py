@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .models import blocks, explain_arguments, measuring, one_line, text_config, uncompiled, unwrap
+from .models import blocks, explain_arguments, measuring, one_line, reason, text_config, uncompiled, unwrap
 
 POINTS = ("input", "output", "update", "relative_update", "attention", "mlp", "mlp_hidden")
 
@@ -369,16 +369,17 @@ def _own_blocks(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _asking(model: nn.Module) -> Iterator[None]:
-    "Inside, the model runs by itself; nobody sees it, and the random numbers go on as if nothing had run."
-    with _own_blocks(model), without_hooks(model), measuring(model), torch.no_grad(), torch.random.fork_rng():
+def _unseen(model: nn.Module) -> Iterator[None]:
+    "Inside, the model runs and nobody sees it; the random numbers go on as if nothing had run."
+    with without_hooks(model), measuring(model), torch.no_grad(), torch.random.fork_rng():
         yield
 
 # %% ../nbs/11_hooks.ipynb #7b3d17cd
 def _n_tokens(model: nn.Module) -> int:
     "How many token ids a model knows: as its config says, or as its first embedding has rows."
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    return getattr(text_config(model), "vocab_size", None) or (tables[0].num_embeddings if tables else 9)
+    if named := getattr(text_config(model), "vocab_size", None):
+        return named
+    return next((part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)), 9)
 
 
 def _probe_rows(model: nn.Module) -> torch.Tensor:
@@ -387,11 +388,17 @@ def _probe_rows(model: nn.Module) -> torch.Tensor:
     ids = torch.tensor([i for i in range(3, 11) if i != pad][:7]) % _n_tokens(model)
     return torch.stack([ids[:6], ids[[0, 1, 2, 3, 4, 6]]])
 
-
-def _answer(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    "Logits, or hidden states of a model without a head, in float32: (B, T, width)."
+# %% ../nbs/11_hooks.ipynb #d04755c6
+def _answer(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    "Logits, or hidden states of a model without a head, in float32: (B, T, width). Without a mask all tokens count."
+    mask = torch.ones_like(ids) if mask is None else mask
     out = model(**_accepted_inputs(model, dict(input_ids=ids, attention_mask=mask)))
     return (out.logits if hasattr(out, "logits") else hidden_state(out)).float()
+
+
+def _first_answer(model: nn.Module) -> torch.Tensor:
+    "What a model gives for the first of the rows, six tokens: (1, 6, width)."
+    return _answer(model, _probe_rows(model)[:1])
 
 
 def _rounding(model: nn.Module) -> float:
@@ -402,8 +409,7 @@ def _rounding(model: nn.Module) -> float:
 # %% ../nbs/11_hooks.ipynb #d0b4ba23
 def _later_changes_earlier(model: nn.Module) -> bool:
     "Whether another last token changes what the model says at an earlier one."
-    rows = _probe_rows(model)
-    one, other = (_answer(model, row[None], torch.ones(1, 6, dtype=torch.long))[0] for row in rows)
+    one, other = _first_answer(model)[0], _answer(model, _probe_rows(model)[1:])[0]
     change = (one - other).abs().amax(-1)
     return len(change) != 6 or bool(change[:-1].max() > _rounding(model) * change[-1])
 
@@ -416,7 +422,7 @@ def _padding_changes(model: nn.Module, side: str) -> bool:
     order = (0, 1) if side == "left" else (1, 0)
     ids = torch.cat([(pads, row)[i] for i in order], 1)
     mask = torch.cat([(zeros, ones)[i] for i in order], 1)
-    alone, padded = _answer(model, row, ones), _answer(model, ids, mask)[mask.bool()]
+    alone, padded = _first_answer(model), _answer(model, ids, mask)[mask.bool()]
     return bool((alone[0] - padded).abs().max() > 10 * _rounding(model) * alone.std())
 
 # %% ../nbs/11_hooks.ipynb #4f9e4cd0
@@ -424,7 +430,7 @@ def _adds_up(model: nn.Module) -> bool:
     "Whether each block gives its input plus what its attention and its MLP give."
     points, found = ("input", "attention", "mlp", "output"), {}
     with read_activations(model, points, lambda layer, point, x: found.update({(layer, point): x.float().clone()})):
-        _answer(model, _probe_rows(model)[:1], torch.ones(1, 6, dtype=torch.long))
+        _first_answer(model)
     for layer in range(len(blocks(model))):
         x, attention, mlp, y = (found[layer, point] for point in points)
         if (x + attention + mlp - y).norm() > _rounding(model) * y.norm():
@@ -440,11 +446,10 @@ def _ask(model: nn.Module, question: str, probe: Callable[[], bool]) -> bool:
     answers = _ASKED.setdefault(model, {})
     if question not in answers:
         try:
-            with _asking(model):
+            with _own_blocks(model), _unseen(model):
                 answers[question] = probe()
         except Exception as error:
-            why = f"{type(error).__name__}: {one_line(error)}"
-            raise ValueError(f"cannot find out whether {type(model).__name__} {question}: {why}") from error
+            raise ValueError(f"cannot find out whether {type(model).__name__} {question}: {reason(error)}") from error
     return answers[question]
 
 # %% ../nbs/11_hooks.ipynb #c22f253a
@@ -490,11 +495,11 @@ def model_inputs(
 # %% ../nbs/11_hooks.ipynb #76e6dc1f
 def text_error(model: nn.Module) -> Exception | None:
     "What a model, as it is at present, raises on a text of six tokens; None where it runs."
-    with without_hooks(model), measuring(model), torch.no_grad(), torch.random.fork_rng():
-        try:
-            _answer(model, _probe_rows(model)[:1], torch.ones(1, 6, dtype=torch.long))
-        except Exception as error:
-            return error
+    try:
+        with _unseen(model):
+            _first_answer(model)
+    except Exception as error:
+        return error
     return None
 
 
@@ -511,8 +516,8 @@ def _check_runs(model: nn.Module) -> None:
     "ValueError for a model that does not run on a text alone."
     if (error := text_error(model)) is not None:
         remedy = "give the part of it that does, such as `model.get_encoder()`"
-        why = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"{type(model).__name__} does not run on a text alone ({why}): {remedy}") from error
+        name = type(model).__name__
+        raise ValueError(f"{name} does not run on a text alone ({reason(error)}): {remedy}") from error
 
 # %% ../nbs/11_hooks.ipynb #7eb337be
 def _turns_rows(model: nn.Module) -> bool:
@@ -523,7 +528,7 @@ def _turns_rows(model: nn.Module) -> bool:
         shapes.append(tuple(hidden_state(result).shape[:2]))
 
     handle = blocks(model)[0].register_forward_hook(note)
-    _answer(model, _probe_rows(model)[:1], torch.ones(1, 6, dtype=torch.long))
+    _first_answer(model)
     handle.remove()
     return (6, 1) in shapes
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .data import QUESTION, Registry, batch_rows, check_tokens, encode_text
+from .data import QUESTION, Registry, batch_rows, check_tokens, encode_text, model_window
 from .evaluation import cache_argument, is_causal, returned_cache
 from .hooks import counts_own_positions, input_device, model_inputs
 from .intervals import bootstrap_interval
@@ -798,34 +798,29 @@ def _ask(judge: Judge, name: str, rows: list[dict]) -> Iterator[str]:
         yield _as_label(verdict, name, row)
 
 # %% ../nbs/30_labeling.ipynb #60e5ac35
-class _StoredVerdicts:
-    "The labels that a judge gave, by the digest of what it was shown; read from a file where one is given."
+def _kept_verdicts(out: Path, judge: str, key: object) -> dict[str, str]:
+    "The labels in a file of verdicts; ValueError for a damaged file, or one of another judge."
+    try:
+        kept = json.loads(out.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        kept = None
+    whole = isinstance(kept, dict) and {"judge", "key"} <= kept.keys() and isinstance(kept.get("verdicts"), dict)
+    if not whole:
+        raise ValueError(f"{out} is damaged: delete it, and the judge is asked again")
+    if kept["judge"] != judge:
+        others = f"the verdicts of judge {kept['judge']!r}, not of {judge!r}"
+        raise ValueError(f"{out} holds {others}: give another file")
+    if kept["key"] != key:
+        raise ValueError(f"{out} holds the verdicts of another judge named {judge!r}: give another file")
+    return kept["verdicts"]
+
+# %% ../nbs/30_labeling.ipynb #fc4f9014
+class _Verdicts:
+    "The labels that a judge gave, by the digest of what it was shown; kept in a file where one is given."
 
     def __init__(self, judge: str, out: Path | None, key: object):  # key: of the judge, from `key_of`
         self.judge, self.out, self.key = judge, out, key
-        self.labels: dict[str, str] = self._read(out) if out and out.exists() else {}
-
-    def _read(self, out: Path) -> dict[str, str]:
-        try:
-            kept = json.loads(out.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            kept = None
-        if (
-            not isinstance(kept, dict)
-            or not isinstance(kept.get("verdicts"), dict)
-            or not {"judge", "key"} <= kept.keys()
-        ):
-            raise ValueError(f"{out} is damaged: delete it, and the judge is asked again")
-        if kept["judge"] != self.judge:
-            others = f"the verdicts of judge {kept['judge']!r}, not of {self.judge!r}"
-            raise ValueError(f"{out} holds {others}: give another file")
-        if kept["key"] != self.key:
-            raise ValueError(f"{out} holds the verdicts of another judge named {self.judge!r}: give another file")
-        return kept["verdicts"]
-
-# %% ../nbs/30_labeling.ipynb #fc4f9014
-class _Verdicts(_StoredVerdicts):
-    "… and kept in it."
+        self.labels = _kept_verdicts(out, judge, key) if out and out.exists() else {}
 
     def save(self) -> None:
         "Write the file, if there is to be one."
@@ -980,7 +975,7 @@ def _entailment(model: nn.Module, entailment: int | str | None) -> int:
 
 def _run_on_texts(model: nn.Module, tokenizer: PreTrainedTokenizerBase, *texts: list[str]):
     "What a model gives for texts, or for pairs of texts, and its inputs; too long ones are cut."
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**6))
+    longest = min(tokenizer.model_max_length, model_window(model) or 10**6)
     inputs = tokenizer(*texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     inputs = inputs.to(next(model.parameters()).device)
     with torch.no_grad(), measuring(model):

@@ -343,6 +343,16 @@ class _CheckedSums(_AddedSums):
             "and nothing was scored"
         )
 
+# %% ../nbs/13_metrics.ipynb #6cb37ed0
+def _nothing_counted(layers: list[int | str], mask: torch.Tensor) -> ValueError:
+    "The error of sums without a token: none was to count in the last batch, or no hook saw the layers run."
+    if not mask.any():
+        return ValueError("no token was counted: the batches are empty or their token_mask is all false")
+    return ValueError(
+        f"no layer of {layers} was seen to run: the text does not need them, or the model calls their `forward` past "
+        "all hooks, as SqueezeBERT does; choose other layers, or another family"
+    )
+
 # %% ../nbs/13_metrics.ipynb #7094f20d
 class LayerSums(_CheckedSums):
     "Running sums of some layers, at some points, and of the stream before and after them."
@@ -361,7 +371,7 @@ class LayerSums(_CheckedSums):
     def stats(self) -> LayerStats:  # on the CPU; one row per layer
         "The sums; ValueError where no token was counted, or a layer was never run."
         if not self.stream["tokens"].any():
-            raise ValueError("no token was counted: the batches are empty or their token_mask is all false")
+            raise _nothing_counted(self.layers, self.mask)
         sums = {f"stream.{name}": value for name, value in self.stream.items()}
         if self.points:
             sums |= stack_sums(self.sums, self.layers)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONAL_MODELS', 'KNOWN_MODELS', 'bundled_gguf', 'bundled_encoder', 'cache_folder', 'atomic_write', 'one_line',
-           'convert_gguf', 'fetched_gguf', 'resolve_model', 'unwrap', 'check_merged', 'uncompiled', 'measuring',
-           'check_tokenizer', 'load_model', 'content_key', 'model_key', 'text_config', 'blocks', 'shared_copy',
-           'explain_arguments']
+           'reason', 'convert_gguf', 'fetched_gguf', 'resolve_model', 'unwrap', 'check_merged', 'uncompiled',
+           'measuring', 'check_tokenizer', 'load_model', 'content_key', 'model_key', 'text_config', 'blocks',
+           'shared_copy', 'explain_arguments']
 
 # %% ../nbs/10_models.ipynb #1053c450
 import ast
@@ -156,6 +156,11 @@ def _make_writable(folder: Path) -> None:
 def one_line(error: Exception) -> str:
     "What an error says, in one line of at most 300 characters; its class where it says nothing."
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def reason(error: Exception) -> str:
+    "The class of an error and what it says, in one line."
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _save_complete(parts: "tuple[transformers.PreTrainedModel, PreTrainedTokenizerBase]", folder: Path) -> None:
@@ -463,7 +468,10 @@ def text_config(model: nn.Module) -> Any:  # None for a model without a config
 
 def _configured_layers(model: nn.Module) -> int | None:
     "The number of layers that the config of a model, or of its text decoder, names; None without one."
-    return getattr(text_config(model), "num_hidden_layers", None)
+    config = text_config(model)
+    alone = not getattr(config, "is_encoder_decoder", True)  # BART's decoder alone: the other number is its encoder's
+    of_decoder = getattr(config, "decoder_layers", None) if alone else None
+    return of_decoder or getattr(config, "num_hidden_layers", None)
 
 
 def _block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

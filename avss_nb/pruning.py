@@ -8,7 +8,7 @@ __all__ = ['SELECTION_RULES', 'n_removed', 'select_layers', 'measure_items', 'me
 
 # %% ../nbs/22_pruning.ipynb #176eaf1e
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -146,19 +146,20 @@ def _measure_choices(
 def measure_removal(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    choices: dict[str, Iterable[int | str]],  # name -> layers to skip; none of them: the base model
+    choices: Mapping[str, Iterable[int | str]],  # name -> layers to skip; none of them: the base model
     texts: list[str],
     questions: Dataset,  # with distractors
     sentences: Dataset,
     *,
     out: str | Path | None = None,  # a folder that keeps each choice's answers: a stopped run resumes there
     max_length: int = 256,  # tokens of each text that are used
-    progress: bool = False,
+    progress: bool | Callable[[Iterable], Iterable] = False,  # or what walks the choices in the bar's place
 ) -> pd.DataFrame:  # index (choice, measure); `item`, `value` (summed nats, or 1 right, 0 wrong), `tokens`, `removes`
     """What the model does with every item without each choice of layers; equal choices are measured once.
     ValueError as in `check_layers`, or for an `out` of other work, before anything runs."""
     layers_of = {name: tuple(check_layers(layers, len(blocks(model)))) for name, layers in choices.items()}
-    different = tqdm(dict.fromkeys(layers_of.values()), desc="removing layers", disable=not progress)
+    walk = progress if callable(progress) else partial(tqdm, desc="removing layers", disable=not progress)
+    different = walk(dict.fromkeys(layers_of.values()))
     found = _measure_choices(model, tokenizer, different, (texts, questions, sentences), max_length, out)
     return pd.concat({name: found[layers] for name, layers in layers_of.items()}, names=["choice"])
 

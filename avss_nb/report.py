@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -483,6 +483,14 @@ class _Progress:
         self.bar.total -= float(self.plan[list(names)].sum()) * part
         self.bar.refresh()
 
+# %% ../nbs/50_report.ipynb #d2213fed
+def _in_parts(progress: _Progress, name: str, items: Iterable) -> Iterator:
+    "The items, one by one, each an equal part of a step of the plan."
+    items = list(items)
+    for item in items:
+        with progress.step(name, 1 / len(items)):
+            yield item
+
 # %% ../nbs/50_report.ipynb #37d3a1c7
 POINTS = ("output", "update", "relative_update")
 
@@ -529,9 +537,8 @@ class _Measurement(_Bench):
         "The loss of each text without each layer, batch by batch."
         calibration = self.batches()
         files = [self.out / "losses" / f"batch-{i}.csv" for i in range(len(calibration))]
-        for file, batch in zip(files, calibration):
-            with self.progress.step("leave one out", 1 / len(files)):
-                cached_table(file, lambda: removal_losses(self.model, [batch]), index="text")
+        for file, batch in _in_parts(self.progress, "leave one out", zip(files, calibration)):
+            cached_table(file, lambda: removal_losses(self.model, [batch]), index="text")
         return _stored_losses(files)
 
 # %% ../nbs/50_report.ipynb #a8d365da
@@ -568,11 +575,9 @@ def _measured_choices(work: _Measurement) -> pd.DataFrame:  # as `measure_remova
     chosen = _choices(scores, settings)
     choices = {method: chosen[method] for method in ["base_model", *_pruned_by(settings)]}
     tests = data["held_out"], data["questions"], data["sentences"]
-    parts = []
-    for method, layers in choices.items():
-        with work.progress.step("removing layers", 1 / len(choices)):
-            options: dict[str, Any] = dict(out=work.out / "items", max_length=settings.max_length)
-            parts.append(measure_removal(work.model, work.tokenizer, {method: layers}, *tests, **options))
+    options: dict[str, Any] = dict(out=work.out / "items", max_length=settings.max_length)
+    options |= dict(progress=partial(_in_parts, work.progress, "removing layers"))
+    parts = [measure_removal(work.model, work.tokenizer, choices, *tests, **options)]
     if settings.heal_steps:
         with work.progress.step("healing"):
             healed = healed_items(work.model, work.tokenizer, data, choices["avss"], settings=settings, out=work.out)[1]

@@ -11,12 +11,14 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy, deepcopy
+from traceback import walk_tb
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 
+# %% ../nbs/21_surgery.ipynb #18c9c8ed
 from avss_nb.hooks import (
     block_input,
     hidden_state,
@@ -28,7 +30,18 @@ from avss_nb.hooks import (
     text_error,
     without_hooks,
 )
-from .models import blocks, check_merged, explain_arguments, measuring, one_line, shared_copy, uncompiled, unwrap
+from avss_nb.models import (
+    blocks,
+    check_merged,
+    explain_arguments,
+    measuring,
+    one_line,
+    reason,
+    shared_copy,
+    text_config,
+    uncompiled,
+    unwrap,
+)
 
 # %% ../nbs/21_surgery.ipynb #fb4d9ec1
 class _StandIn(nn.Module):
@@ -95,6 +108,18 @@ def _has_position_bias(block: nn.Module) -> bool:
     "Whether this is T5's first block, which makes the position bias of all."
     return any(getattr(part, "has_relative_attention_bias", False) for part in block.modules())
 
+# %% ../nbs/21_surgery.ipynb #6b30e9fc
+class _Untold(ValueError):
+    "What a part of a model returned is in no form in which its hidden state can be told."
+
+
+def _told(result, module: nn.Module):
+    "What a part of a model returned; ValueError naming its class for a dict, from which others take by name."
+    if type(result) is dict:
+        found = f"{type(module).__name__} returns a dict ({', '.join(result)}), not a hidden state"
+        raise _Untold(f"{found}: nothing can stand in for it; choose a family whose layers return their hidden state")
+    return result
+
 # %% ../nbs/21_surgery.ipynb #a9fc56bd
 class _SameForm(_StandIn):
     "… and it finds out in which form the block returns its output."
@@ -107,7 +132,7 @@ class _SameForm(_StandIn):
         if "use_cache" in named:
             named["use_cache"] = False
         with torch.no_grad(), torch.random.fork_rng(), without_hooks(self.block):
-            return self.block(*map(_no_cache, args), **named)
+            return _told(self.block(*map(_no_cache, args), **named), self.block)
 
     def _returned_with(self, args: tuple, kwargs: dict) -> tuple | None:
         "What the block's class returns after the hidden state: None for a bare tensor. Tried once per class."
@@ -234,7 +259,7 @@ def replaced_blocks(
 
 def _zeros(module: nn.Module, args: tuple, result):
     "A forward hook: zeros in the place of the hidden state."
-    zeros = torch.zeros_like(hidden_state(result))
+    zeros = torch.zeros_like(hidden_state(_told(result, module)))
     return zeros if isinstance(result, torch.Tensor) else (zeros, *result[1:])
 
 # %% ../nbs/21_surgery.ipynb #db02a42f
@@ -242,8 +267,19 @@ def _cannot_skip(model: nn.Module, layers: list[int], error: Exception) -> Value
     "The error of a model that runs, and not without these layers."
     return ValueError(
         f"{type(unwrap(model)).__name__} does not run without {layers}: others take from them more than the stream "
-        f"({type(error).__name__}: {one_line(error)}); leave these layers in"
+        f"({reason(error)}); leave these layers in"
     )
+
+
+def _in_forward(model: nn.Module, error: BaseException | None) -> bool:
+    "Whether an error, or one that led to it, was raised while the model or a part of it ran."
+    parts = {id(part) for part in unwrap(model).modules()}
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            if frame.f_code.co_name == "_call_impl" and id(frame.f_locals.get("self")) in parts:
+                return True
+        error = error.__cause__ or error.__context__
+    return False
 
 # %% ../nbs/21_surgery.ipynb #3ed4a4ae
 @contextmanager
@@ -268,12 +304,12 @@ def _without(model: nn.Module, skipped: list[int], zeroed: list[nn.Module]) -> I
         with replaced_blocks(model, {i: PassThrough(layers[i]) for i in skipped}), _zeroed(zeroed):
             try:
                 yield model
-            except Exception:
-                why = text_error(model)
+            except Exception as error:
+                why = text_error(model) if _in_forward(model, error) else None
                 raise
     except Exception as error:
         if why is not None and text_error(model) is None:
-            raise _cannot_skip(model, skipped, why) from error
+            raise (why if isinstance(why, _Untold) else _cannot_skip(model, skipped, why)) from error
         raise
 
 # %% ../nbs/21_surgery.ipynb #967c78b7
@@ -339,6 +375,8 @@ def _shorten(config, kept: list[int], n_layers: int) -> None:
         config.num_hidden_layers = len(kept)
     except NotImplementedError as error:
         raise ValueError(f"{type(config).__name__} cannot describe fewer layers: {one_line(error)}") from error
+    if hasattr(config, "decoder_layers"):  # BART's decoder alone
+        config.decoder_layers = len(kept)
 
 
 def _shorten_plan(config, kept: list[int]) -> None:
@@ -441,7 +479,7 @@ def _says(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def _check_says(small: nn.Module, model: nn.Module, units: list[int | str]) -> None:
     "ValueError where the model without layers says other things than the one that skips them."
-    ids = torch.arange(3, 9)[None] % small.config.get_text_config().vocab_size
+    ids = torch.arange(3, 9)[None] % text_config(small).vocab_size
     try:
         with without_hooks(model), skip_layers(model, units):  # a sparse model's zeros are set by hooks: both are dense
             wanted = _says(model, ids)
@@ -467,7 +505,7 @@ def _cut(model: PreTrainedModel, path: str, units: list[int | str], kept: list[i
             _zero_sublayer(own[layer_of(unit)], unit)
     small.set_submodule(path, nn.ModuleList(own[i] for i in kept))
     _shorten_plan(small.config, kept)
-    _shorten(small.config.get_text_config(), kept, len(own))
+    _shorten(text_config(small), kept, len(own))
     _agree_with_config(small, path, own[0])
     return small
 

@@ -158,7 +158,7 @@ def _run_trainer(trainer: Trainer, student: nn.Module, arguments: TrainingArgume
 
 # %% ../nbs/16_training.ipynb #0f5454a6
 def train_adapter(
-    model: PreTrainedModel,  # stays as it was; also compiled, or in DataParallel
+    model: PreTrainedModel,  # one that `check_trainable` lets pass; stays as it was
     config: "LoraConfig",  # which layers get adapters, and their rank
     make: Callable[..., Trainer],  # of the student and a function of (step, loss) that reports progress
     arguments: TrainingArguments,  # from `trainer_arguments`
@@ -166,9 +166,7 @@ def train_adapter(
     on_step: Callable[[int, float], object] | None = None,  # called with each step and its loss
     progress: str | None = None,  # the bar's name; None: no bar
 ) -> PreTrainedModel:  # of the same class, adapters merged, with weights of its own
-    """Train LoRA adapters (arXiv 2106.09685) with a Trainer, and merge them; a run that was stopped resumes.
-    ValueError as in `check_trainable`."""
-    check_trainable(model)
+    "Train LoRA adapters (arXiv 2106.09685) with a Trainer, and merge them; a run that was stopped resumes."
     model = unwrap(model)
     student = _wrapped(model, config)
     with tqdm(total=arguments.max_steps, desc=progress, disable=progress is None) as bar:

@@ -14,16 +14,19 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import disk_offload
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from avss_nb.ablations import choose_variants, compare_variants, plot_variants, run_variants
 from avss_nb.contrastive import (
+    ContrastiveRecipe,
     FrozenPrefix,
     OBJECTIVES,
     _aligned,
     _answer_logprobs,
     _unwrapped,
+    check_training,
     contrastive_losses,
     contrastive_rows,
     contrastive_cosines,
@@ -315,6 +318,12 @@ def test_the_prefix_serves_every_variant_and_only_its_own_rows():
         tuned(model, [3], reuse=prefix)
     with pytest.raises(ValueError, match="other rows"):
         tuned(model, [2], reuse=prefix, negatives=1)
+
+
+def test_offloaded_weights_are_refused_before_anything_runs(tmp_path):
+    model = disk_offload(tiny("llama"), str(tmp_path), execution_device="cpu")
+    with pytest.raises(ValueError, match="training needs weights in memory.*offloaded"):
+        check_training(model, Letters(), QUESTIONS, [2], recipe=ContrastiveRecipe(**SHORT))
 
 
 def test_an_error_in_training_leaves_everything_as_it_was():

@@ -199,20 +199,21 @@ def test_half_precision():
     assert half.get("output", "sumsq").dtype == np.float64
 
 
+def counted(answers):
+    "Each answer as a batch; its own tokens count."
+    for row in answers:
+        ids = torch.tensor([row["prompt_tokens"] + row["answer_tokens"]])
+        yield dict(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            token_mask=torch.arange(ids.shape[1])[None] >= len(row["prompt_tokens"]),
+        )
+
+
 def test_equal_to_layer_statistics_over_the_same_tokens():
     "chapter Metrics counts the same positions by a mask"
     model, answers = tiny("llama"), answers_of()
-
-    def counted():
-        for row in answers:
-            ids = torch.tensor([row["prompt_tokens"] + row["answer_tokens"]])
-            yield dict(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                token_mask=torch.arange(ids.shape[1])[None] >= len(row["prompt_tokens"]),
-            )
-
-    direct, pooled = collect_stats(model, counted()), answer_stats(model, pads(), answers, batch_size=1).pooled()
+    direct, pooled = collect_stats(model, counted(answers)), answer_stats(model, pads(), answers, batch_size=1).pooled()
     assert isinstance(pooled, LayerStats)
     for point in direct.points:
         np.testing.assert_allclose(variance(pooled, point=point), variance(direct, point=point), rtol=1e-9)
@@ -225,6 +226,27 @@ def test_equal_to_layer_statistics_over_the_same_tokens():
                     avss(pooled, point=point, eps=eps), avss(direct, point=point, eps=eps), rtol=1e-9
                 )
         assert abs(sparsity(pooled, point=point, tau=0.3) - sparsity(direct, point=point, tau=0.3)).max() < 0.01
+
+
+def test_a_token_without_an_embedding_has_no_relative_update():
+    "As in chapter Metrics: it is not counted there; an answer of nothing else is refused by name."
+    model, answers = tiny("llama"), answers_of()
+    zero = answers[3]["answer_tokens"][2]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[zero] = 0
+    stats, direct = answer_stats(model, pads(), answers, batch_size=3), collect_stats(model, counted(answers))
+    pooled = stats.pooled()
+    for point in direct.points:
+        assert (pooled.get(point, "count") == direct.get(point, "count")).all()
+        np.testing.assert_allclose(variance(pooled, point=point), variance(direct, point=point), rtol=1e-6)
+    lengths = [n for _, n in LENGTHS]
+    found, held = stats.get("relative_update", "count"), [row["answer_tokens"].count(zero) for row in answers]
+    assert (found[:, 0] == 32 * (np.array(lengths) - held)).all() and held[3]
+    assert (found[:, 1] == 32 * np.array(lengths)).all()
+    alone = answers.map(lambda row: dict(answer_tokens=[zero] if row["id"] == "q2" else row["answer_tokens"]))
+    with pytest.raises(ValueError, match=r"the answer to 'q2' .* layer 0: .* zero there"):
+        answer_stats(model, pads(), alone)
+    assert answer_stats(model, pads(), alone, points=["output", "update"]).get("update", "count").all()
 
 
 def test_join_select_save_load(tmp_path):

@@ -18,7 +18,7 @@ from datasets import Dataset
 from hypothesis import given, settings, strategies as st
 from sklearn.metrics import precision_score, recall_score
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertConfig, PreTrainedTokenizerFast, RobertaConfig
 
 import avss_nb.labeling as labeling
 from avss_nb.data import load_questions
@@ -852,6 +852,14 @@ def test_label_permutations_and_batches():
         max(judge("Who?", "b", ["some gold"]), judge("Who?", "b", ["a"])), abs=1e-5
     )
     assert judge("Who?", "b" * 200, ["a"]) >= 0  # too long for the model: cut
+
+
+def test_a_judge_that_counts_its_own_positions_cuts_to_its_window():
+    "RoBERTa's positions begin after the pad token's: of 64 it takes 62 tokens."
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    config = RobertaConfig(vocab_size=VOCABULARY, pad_token_id=1, max_position_embeddings=64, **sizes)
+    judge = nli_judge(AutoModelForSequenceClassification.from_config(config).eval(), letters(), entailment=1)
+    assert 0 <= judge("Who?", "b" * 200, ["a"]) <= 1
 
 
 def test_classes_that_cannot_be_told():

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from avss_nb.models import blocks
 from avss_nb.surgery import prune_layers, skip_layers
-from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, swept, tiny
+from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, swept, tiny, without
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
 ENCODERS = ["bert", "distilbert", "t5"]
@@ -100,6 +101,26 @@ def test_pruned_equals_skipped(family, layers):
         all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         and model.config.num_hidden_layers == 5
     )
+
+
+@pytest.mark.parametrize("encoder_layers", [5, 2])
+@pytest.mark.parametrize("family", ["Bart", "MBart", "Pegasus", "Blenderbot", "PLBart"])
+def test_the_decoder_of_a_pair_alone(family, encoder_layers, tmp_path):
+    "Its config names the layers of an encoder that is not there, too."
+    sizes = dict(vocab_size=99, d_model=32, encoder_layers=encoder_layers, decoder_layers=5, decoder_ffn_dim=64)
+    sizes |= dict(encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, init_std=0.15)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes, pad_token_id=1, bos_token_id=2, eos_token_id=2)
+    model, ids = getattr(transformers, f"{family}ForCausalLM")(config).eval(), inputs("right")["input_ids"][:1]
+    small = prune_layers(model, [0, 3])
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        wanted = without(model, [0, 3])(ids).logits
+        assert torch.equal(small(ids).logits, wanted) and torch.equal(again(ids).logits, wanted)
+    assert len(blocks(again)) == 3 and len(blocks(model)) == 5
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, num_beams=1)
+    assert again.generate(ids, **options).tolist() == again.generate(ids, use_cache=False, **options).tolist()
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -75,6 +75,20 @@ def test_a_killed_run_goes_on(sets, items, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(resumed, items, check_exact=True)
 
 
+def test_the_caller_may_walk_the_choices(sets, items):
+    "Equal choices are one step of the walk."
+    model, tokenizer, *data = sets
+    walked = []
+
+    def walk(choices):
+        for layers in choices:
+            walked.append(layers)
+            yield layers
+
+    pd.testing.assert_frame_equal(measure_removal(model, tokenizer, CHOICES, *data, progress=walk), items)
+    assert walked == [(), (2,), ("mlp.1",)]
+
+
 def test_wrong_choices_are_refused_before_anything_runs(sets, monkeypatch):
     model, tokenizer, *data = sets
     monkeypatch.setattr(avss_nb.pruning, "measure_items", lambda *args: pytest.fail("work was begun"))

@@ -26,7 +26,10 @@ from avss_nb.command import main
 from avss_nb.options import Settings
 from avss_nb.report import (
     ANSWER_TABLES,
+    QUICK,
     STAGES,
+    _measured_choices,
+    _Progress,
     load_study,
     memory_in_words,
     run_study,
@@ -306,6 +309,29 @@ def test_a_page_after_each_stage(finished):
     for n, page in enumerate(pages, 1):
         assert [section in page for section in sections] == [i < n for i in range(len(sections))]
     assert not list(out.rglob("*.part"))
+
+
+def test_all_choices_of_layers_are_measured_under_one_key(monkeypatch, tmp_path):
+    "A key reads every weight of the model."
+    asked = []
+
+    def measured(model, tokenizer, choices, *tests, progress, **options):
+        asked.append((list(choices), list(progress(choices))))
+        return pd.DataFrame()
+
+    monkeypatch.setattr(avss_nb.report, "measure_removal", measured)
+    names = ["base_model", *(name for name in QUICK if name not in ("leave_one_out", "random_0"))]
+    scores = pd.DataFrame({name: range(8) for name in [*names[1:], "leave_one_out"]}, dtype=float)
+    bench = dict(table=lambda name, make: scores, out=tmp_path, model=None, tokenizer=None)
+    work = SimpleNamespace(
+        **bench,
+        settings=Settings(heal_steps=0),
+        data=dict(held_out=[], questions=None, sentences=None),
+        progress=_Progress(pd.Series({"removing layers": 8.0})),
+    )
+    _measured_choices(work)
+    assert len(asked) == 1 and asked[0][0] == asked[0][1] and {"base_model", *QUICK} == set(asked[0][0])
+    assert work.progress.bar.total == pytest.approx(0)  # nothing was measured
 
 
 def test_scores_alone_are_printed_and_written(model_folder, tmp_path, capsys):

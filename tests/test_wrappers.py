@@ -484,6 +484,22 @@ def test_a_stream_of_other_tokens_is_refused(rows):
         collect_stats(model, [batch_of(*[9] * rows)])
 
 
+def test_blocks_that_return_a_dict_are_refused_by_that_name():
+    "SqueezeBERT's: its encoder calls their `forward` past all hooks, and takes what it needs by name."
+    sizes = dict(hidden_size=32, embedding_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
+    groups = dict.fromkeys(("q_groups", "k_groups", "v_groups", "intermediate_groups", "output_groups"), 2)
+    config = transformers.SqueezeBertConfig(vocab_size=99, **sizes, **groups)
+    model, batch = transformers.SqueezeBertForMaskedLM(config).eval(), batch_of(9)
+    with pytest.raises(ValueError, match="was seen to run: .* past all hooks, as SqueezeBERT does"):
+        collect_stats(model, [batch])
+    for unit, name in ((1, "SqueezeBertModule"), ("attention.1", "SqueezeBertSelfAttention")):
+        with pytest.raises(ValueError, match=f"^{name} returns a dict .*nothing can stand in for it"):
+            with skip_layers(model, [unit]):
+                model(batch["input_ids"])
+    with pytest.raises(ValueError, match="^SqueezeBertModule returns a dict"):
+        prune_layers(model, [1])
+
+
 def test_a_block_that_runs_twice_in_a_pass_is_refused():
     model = tiny("dory", num_hidden_layers=4, num_key_value_heads=2, head_dim=8)
     for work in (collect_stats, leave_one_out):
@@ -544,6 +560,21 @@ def test_a_layer_that_others_cannot_do_without_is_refused():
         model(ids)
     with pytest.raises(ZeroDivisionError), skip_layers(model, [1]):
         1 / 0  # noqa: B018
+
+
+def test_a_model_is_asked_only_about_errors_of_its_own(monkeypatch):
+    model, ids = HandsOn(notes=True), batch_of(9)["input_ids"]
+    runs, own = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids: runs.append(1) or own(input_ids))
+    with pytest.raises(KeyError, match="mine"), skip_layers(model, [0, 1, 2]):
+        raise KeyError("mine")
+    assert not runs
+    with pytest.raises(ValueError, match=r"without \[0, 1, 2\]"), skip_layers(model, [0, 1, 2]):
+        try:
+            model(ids)
+        except KeyError as error:
+            raise RuntimeError("said in other words") from error
+    assert len(runs) == 3  # the caller's run, one without these layers, one with them
 
 
 def test_a_layer_that_a_text_does_not_run_has_no_leave_one_out():
