@@ -263,7 +263,7 @@ def _zeros(module: nn.Module, args: tuple, result):
     return zeros if isinstance(result, torch.Tensor) else (zeros, *result[1:])
 
 # %% ../nbs/21_surgery.ipynb #db02a42f
-def _cannot_skip(model: nn.Module, layers: list[int], error: Exception) -> ValueError:
+def _cannot_skip(model: nn.Module, layers: list[int | str], error: Exception) -> ValueError:
     "The error of a model that runs, and not without these layers."
     return ValueError(
         f"{type(unwrap(model)).__name__} does not run without {layers}: others take from them more than the stream "
@@ -297,8 +297,10 @@ def _zeroed(parts: list[nn.Module]) -> Iterator[None]:
 
 # %% ../nbs/21_surgery.ipynb #7a59927f
 @contextmanager
-def _without(model: nn.Module, skipped: list[int], zeroed: list[nn.Module]) -> Iterator[nn.Module]:
-    "Pass-throughs for these blocks, and zeros from these sublayers of others."
+def _without(
+    model: nn.Module, units: list[int | str], skipped: list[int], zeroed: list[nn.Module]
+) -> Iterator[nn.Module]:
+    "Pass-throughs for the blocks among the units, and zeros from the sublayers."
     layers, why = blocks(model), None
     try:
         with replaced_blocks(model, {i: PassThrough(layers[i]) for i in skipped}), _zeroed(zeroed):
@@ -309,7 +311,7 @@ def _without(model: nn.Module, skipped: list[int], zeroed: list[nn.Module]) -> I
                 raise
     except Exception as error:
         if why is not None and text_error(model) is None:
-            raise (why if isinstance(why, _Untold) else _cannot_skip(model, skipped, why)) from error
+            raise (why if isinstance(why, _Untold) else _cannot_skip(model, units, why)) from error
         raise
 
 # %% ../nbs/21_surgery.ipynb #967c78b7
@@ -330,7 +332,7 @@ def skip_layers(
             zeroed.append(sublayer(own[layer_of(unit)], unit.split(".")[0], layer_of(unit)))
         else:
             skipped.append(unit)
-    return _without(model, skipped, zeroed)
+    return _without(model, units, skipped, zeroed)
 
 # %% ../nbs/21_surgery.ipynb #e44820ce
 def _shorten_experts(config, kept: list[int]) -> None:
