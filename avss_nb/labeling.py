@@ -71,6 +71,7 @@ _MEANS_SOMETHING = r"""
 _MARK = re.compile(rf"(?P<kept>{_MEANS_SOMETHING})|[{_PUNCTUATION}]", re.VERBOSE)
 _INSIDE = re.compile(r"(?<!\d)'|'(?!\d)|(?<=[^\W\d_])\.(?=[^\W\d_])")  # O'Brien, U.S.
 _THOUSANDS = re.compile(r"(?<!\d)(?<!\d[.,])\d{1,3}(?:[,']\d{3})+(?![,']?\d)")
+_COMPOUND = re.compile(r"(?<=[^\W\d_])-(?=[^\W_])|(?<=\d)-(?=[^\W\d_])")  # Jean-Paul, F-16
 _POINT = re.compile(r"(?<![\w.])\.(?=\d)")  # .5 is 0.5
 _UNIT = re.compile(r"(?<=\d) (?=[%‰°]|[$€£¥](?! ?\d))|(?<!\S)([$€£¥]) (?=\d)")  # 5 %, 5 €, $ 5
 
@@ -88,11 +89,11 @@ def _mark(mark: re.Match) -> str:
     return mark[0] if mark["kept"] else " "
 
 
-def _answer_words(text: str) -> list[str]:
-    "The words of a text under the style `answer`, articles among them."
+def _answer_words(text: str, tie: str = " ") -> list[str]:
+    "The words of a text under the style `answer`, articles among them; `tie`: what stands for a hyphen in a word."
     spelled = unicodedata.normalize("NFKC", _spelled(text).casefold())
     text = _THOUSANDS.sub(_without_groups, _INSIDE.sub("", " ".join(spelled.split())))
-    text = _MARK.sub(_mark, _POINT.sub("0.", text))
+    text = _MARK.sub(_mark, _COMPOUND.sub(tie, _POINT.sub("0.", text)))
     return _UNIT.sub(r"\1", " ".join(text.split())).split() or spelled.split()
 
 
@@ -726,16 +727,25 @@ def register_rule(
     return LABEL_RULES.register(name)
 
 # %% ../nbs/30_labeling.ipynb #48b230fa
-_BETWEEN = " (?:(?:an?|the) )*"  # two words of a name: there may be articles between them
+_TIE = "\ue000"  # a hyphen in a word
+_ARTICLE = rf"(?:(?:an?|the)[ {_TIE}])*"  # before any word of a name there may be articles
 
 
-def _occurring(text: str, names: set[str], between: str) -> list[str]:
+def _occurring(text: str, names: set[str]) -> list[str]:
     "What of a text is one of the names, as whole words; not one inside a longer one."
-    if not names:
-        return []
     longest_first = sorted(names, key=len, reverse=True)
-    patterns = [between.join(map(re.escape, name.split(" "))) for name in longest_first]
-    return re.findall(rf"(?<!\S)(?:{'|'.join(patterns)})(?!\S)", text)
+    patterns = "|".join(map(re.escape, longest_first))
+    return re.findall(rf"(?<!\S)(?:{patterns})(?!\S)", text) if names else []
+
+
+def _occurring_words(answer: str, names: set[str]) -> set[str]:
+    "The same of an answer's words: articles do not count, and *Iran-Contra* is one word."
+    text = " ".join(_answer_words(answer, _TIE))
+    there = {*text.replace(_TIE, " ").split()}
+    possible = sorted((n for n in names if there.issuperset(n.split())), key=len, reverse=True)
+    patterns = [rf"[ {_TIE}]".join(_ARTICLE + re.escape(word) for word in name.split()) for name in possible]
+    found = re.findall(rf"(?<!\S)(?:{'|'.join(patterns)})(?!\S)", text) if possible else []
+    return {_without_articles(words.replace(_TIE, " ").split()) for words in found}
 
 
 def _stands_alone(answer: str, reference: str) -> bool:
@@ -756,12 +766,10 @@ def _picked(answer: str, options: list[str], style: str) -> set[str]:
     names.pop("", None)
     text = normalize_answer(answer, style=style)
     if style != "answer":
-        return set(_occurring(text, {*names}, " "))
-    letters, words = {name for name in names if _is_letter(name)}, _answer_words(answer)
-    possible = {name for name in names.keys() - letters if {*words}.issuperset(name.split())}
-    found = _occurring(" ".join(words), possible, _BETWEEN)
+        return {*_occurring(text, {*names})}
+    letters = {name for name in names if _is_letter(name)}
     alone = {name for name in letters if text == name or _stands_alone(answer, names[name])}
-    return alone | {_without_articles(words.split()) for words in found}
+    return alone | _occurring_words(answer, names.keys() - letters)
 
 
 def _says(answer: str, reference: str, style: str) -> bool:
