@@ -731,26 +731,23 @@ _TIE = "\ue000"  # a hyphen in a word
 _ARTICLE = rf"(?:(?:an?|the)[ {_TIE}])*"  # before any word of a name there may be articles
 
 
-def _occurring(text: str, names: set[str]) -> list[str]:
-    "What of a text is one of the names, as whole words; not one inside a longer one."
-    longest_first = sorted(names, key=len, reverse=True)
-    patterns = "|".join(map(re.escape, longest_first))
-    return re.findall(rf"(?<!\S)(?:{patterns})(?!\S)", text) if names else []
+def _occurring(text: str, patterns: list[str]) -> list[str]:
+    "What of a text fits a pattern as whole words; of several that fit the first."
+    return re.findall(rf"(?<!\S)(?:{'|'.join(patterns)})(?!\S)", text) if patterns else []
 
 
-def _occurring_words(answer: str, names: set[str]) -> set[str]:
-    "The same of an answer's words: articles do not count, and *Iran-Contra* is one word."
+def _occurring_words(answer: str, names: list[str]) -> set[str]:
+    "The names that occur in an answer's words: articles do not count, and *Iran-Contra* is one word."
     text = " ".join(_answer_words(answer, _TIE))
     there = {*text.replace(_TIE, " ").split()}
-    possible = sorted((n for n in names if there.issuperset(n.split())), key=len, reverse=True)
-    patterns = [rf"[ {_TIE}]".join(_ARTICLE + re.escape(word) for word in name.split()) for name in possible]
-    found = re.findall(rf"(?<!\S)(?:{'|'.join(patterns)})(?!\S)", text) if possible else []
-    return {_without_articles(words.replace(_TIE, " ").split()) for words in found}
+    words_of = [name.split() for name in names]
+    patterns = [rf"[ {_TIE}]".join(_ARTICLE + re.escape(w) for w in words) for words in words_of if there >= {*words}]
+    return {_without_articles(found.replace(_TIE, " ").split()) for found in _occurring(text, patterns)}
 
 
 def _stands_alone(answer: str, reference: str) -> bool:
     "Whether a letter (or article) stands in an answer by itself, as it is written or in capitals; no word after it."
-    word = re.findall(r"\w+", _spelled(reference))[-1]
+    word = re.findall(r"[^\W_]+", _spelled(reference))[-1]
     pattern = rf"(?<!\w)(?<!\w['.-])(?:{word}|{word.upper()})(?!\w|['.-]\w|[+#%⊖]|[^\S\n]+\w)"
     return re.search(pattern, _spelled(answer)) is not None
 
@@ -762,14 +759,14 @@ def _is_letter(name: str) -> bool:
 
 def _picked(answer: str, options: list[str], style: str) -> set[str]:
     "The options, normalised, that occur in an answer as whole words; not one inside a longer one."
-    names = {normalize_answer(option, style=style): option for option in options}
-    names.pop("", None)
+    as_given = {normalize_answer(option, style=style): option for option in options}
+    names = sorted(as_given.keys() - {""}, key=len, reverse=True)
     text = normalize_answer(answer, style=style)
     if style != "answer":
-        return {*_occurring(text, {*names})}
+        return {*_occurring(text, [re.escape(name) for name in names])}
     letters = {name for name in names if _is_letter(name)}
-    alone = {name for name in letters if text == name or _stands_alone(answer, names[name])}
-    return alone | _occurring_words(answer, names.keys() - letters)
+    alone = {name for name in letters if text == name or _stands_alone(answer, as_given[name])}
+    return alone | _occurring_words(answer, [name for name in names if name not in letters])
 
 
 def _says(answer: str, reference: str, style: str) -> bool:
