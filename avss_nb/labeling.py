@@ -102,7 +102,7 @@ def _without_articles(words: list[str]) -> str:
     kept = [word for word in words[:-1] if word not in _ARTICLES] + words[-1:]
     return _UNIT.sub(r"\1", " ".join(kept))
 
-# %% ../nbs/30_labeling.ipynb #7c5ea804
+# %% ../nbs/30_labeling.ipynb #71fa5d17
 _DELETED = str.maketrans("", "", string.punctuation)
 _SPACED = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 
@@ -112,7 +112,7 @@ def _check_style(style: str) -> None:
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}: known are {', '.join(STYLES)}")
 
-
+# %% ../nbs/30_labeling.ipynb #7c5ea804
 def normalize_answer(
     text: str,
     *,
