@@ -126,19 +126,21 @@ def answer_items(
     questions: Dataset,
     *,
     rule: Any = "alias",
+    label_style: str = "answer",  # by which of `STYLES` answers are compared with references
     **options,
 ) -> pd.DataFrame:  # per question; index `item`, the question's number
     """Of the greedy answer to each question: `right`, `wrong` (both 0 where there is no answer), `no_answer_rate`,
     `em`, `f1`, `length` in tokens. Options of `generate_answers`."""
-    answers = label_answers(generate_answers(model, tokenizer, questions, **options), rule=rule, name="label")
+    answers = generate_answers(model, tokenizer, questions, **options)
+    answers = label_answers(answers, rule=rule, name="label", style=label_style)
     label = pd.Series(list(answers["label"]))
     pairs = list(zip(answers["answer"], answers["answers"]))
     columns = dict(
         right=label.eq("right"),
         wrong=label.eq("wrong"),
         no_answer_rate=label.isin(["empty", "refused"]),
-        em=[exact_match(*pair) for pair in pairs],
-        f1=[token_f1(*pair) for pair in pairs],
+        em=[exact_match(*pair, style=label_style) for pair in pairs],
+        f1=[token_f1(*pair, style=label_style) for pair in pairs],
         length=[len(tokens) for tokens in answers["answer_tokens"]],
     )
     return pd.DataFrame(columns, dtype=float).rename_axis("item")
@@ -172,7 +174,7 @@ def held_out_items(
     rules: dict = {},  # set -> rule or judge of `label_answers`; default `alias`; None: no free-form generation
     best_only: Iterable[str] | None = None,  # sets of which the first right answer alone is an option; see `_best_only`
     max_length: int = 256,  # tokens of each text
-    **options,  # of `generate_answers`
+    **options,  # of `answer_items`
 ) -> pd.DataFrame:  # index (set, measure); `item`, `value`, `tokens` (of a text, else 1)
     "Everything that is measured of one model, item by item."
     tables = []

@@ -41,22 +41,88 @@ from .intervals import bootstrap_interval
 from .models import atomic_write, check_tokenizer, explain_arguments, load_model, measuring, one_line, unwrap
 from .runs import RunDirectory, key_of, run_key
 
-# %% ../nbs/30_labeling.ipynb #7c5ea804
-STYLES = ("squad", "triviaqa", "nq", "raw")
+# %% ../nbs/30_labeling.ipynb #040989f4
+STYLES = ("answer", "squad", "triviaqa", "nq", "raw")
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d", "-"))
+_APOSTROPHES = str.maketrans(dict.fromkeys("’‘‛`´ʻʼʽʾʿ′＇｀", "'"))
+_SPELLING = _DASHES | _APOSTROPHES | str.maketrans({"⁄": "/", "&": " and "})
+_POWER = re.compile(r"(?<=\d)(?=⁻?[⁰¹²³⁴-⁹])")  # 10⁵ is 10^5, not 105
+_FRACTION = re.compile(r"(?<=\d)(?=[¼-¾⅐-⅞])")  # 1½ is 1 1/2, not 11/2
+_CHARGE = re.compile(r"(?<=[^\W_])−(?!\w)|(?<![^\W_])((?:[A-Z][a-z]?\d*)+)-(?![\w-]|\s+[\w(])")  # Cl−, Cl-
+
+
+def _spelled(text: str) -> str:
+    "A text in one spelling: NFKC, no format characters, one kind of dash and of apostrophe; a charge − is ⊖."
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf").replace("´", "'")
+    text = unicodedata.normalize("NFKC", _FRACTION.sub(" ", _POWER.sub("^", text)))
+    return _CHARGE.sub(r"\1⊖", text).translate(_SPELLING)
+
+# %% ../nbs/30_labeling.ipynb #a9812640
+_ALL = map(chr, range(0x10000))
+_PUNCTUATION = re.escape("".join(c for c in _ALL if unicodedata.category(c)[0] == "P") + "$+<=>^`|~©®™")
+_MEANS_SOMETHING = r"""
+(?<=\d)[.,:/'-](?=\d)                                      # 3.14, 10:30, 9/11, 1914-18
+|(?<=\d)\^-?(?=\d)                                         # 10^5
+|(?<![^\s(\[{<=>~$€£¥"“«])[+-](?=[$€£¥]?\d)                 # a sign: -5
+|[<>](?=-?\d)|[$](?=\s?[+-]?\d)                            # <5, $5
+|(?<=[^\W_])[%‰#$]|(?<=\d\s)[%‰$]                          # 5%, C#
+|(?<=[^\W_])\++(?!\+|[^\W\d_])                             # C++, Na+
+"""
+_MARK = re.compile(rf"(?P<kept>{_MEANS_SOMETHING})|[{_PUNCTUATION}]", re.VERBOSE)
+_INSIDE = re.compile(r"(?<!\d)'|'(?!\d)|(?<=[^\W\d_])\.(?=[^\W\d_])")  # O'Brien, U.S.
+_THOUSANDS = re.compile(r"(?<!\d)(?<!\d[.,])\d{1,3}(?:[,']\d{3})+(?![,']?\d)")
+_COMPOUND = re.compile(r"(?<=[^\W\d_])-(?=[^\W_])|(?<=\d)-(?=[^\W\d_])")  # Jean-Paul, F-16
+_POINT = re.compile(r"(?<![\w.])\.(?=\d)")  # .5 is 0.5
+_UNIT = re.compile(r"(?<=\d) (?=[%‰°]|[$€£¥](?! ?\d))|(?<!\S)([$€£¥]) (?=\d)")  # 5 %, 5 €, $ 5
+
+# %% ../nbs/30_labeling.ipynb #c7062df5
+_ARTICLES = ("a", "an", "the")
+
+
+def _without_groups(number: re.Match) -> str:
+    "A number such as 1,500 without its commas."
+    return re.sub("[,']", "", number[0])
+
+
+def _mark(mark: re.Match) -> str:
+    "A mark that means something, or a space."
+    return mark[0] if mark["kept"] else " "
+
+
+def _answer_words(text: str, tie: str = " ") -> list[str]:
+    "The words of a text under the style `answer`, articles among them; `tie`: what stands for a hyphen in a word."
+    spelled = unicodedata.normalize("NFKC", _spelled(text).casefold())
+    text = _THOUSANDS.sub(_without_groups, _INSIDE.sub("", " ".join(spelled.split())))
+    text = _MARK.sub(_mark, _COMPOUND.sub(tie, _POINT.sub("0.", text)))
+    return _UNIT.sub(r"\1", " ".join(text.split())).split() or spelled.split()
+
+
+def _without_articles(words: list[str]) -> str:
+    "Words in a line without articles; the last word is none, since nothing follows it (*Vitamin A*)."
+    kept = [word for word in words[:-1] if word not in _ARTICLES] + words[-1:]
+    return _UNIT.sub(r"\1", " ".join(kept))
+
+# %% ../nbs/30_labeling.ipynb #71fa5d17
 _DELETED = str.maketrans("", "", string.punctuation)
 _SPACED = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 
 
+def _check_style(style: str) -> None:
+    "ValueError for an unknown style."
+    if style not in STYLES:
+        raise ValueError(f"unknown style {style!r}: known are {', '.join(STYLES)}")
+
+# %% ../nbs/30_labeling.ipynb #7c5ea804
 def normalize_answer(
     text: str,
     *,
-    style: str = "squad",
+    style: str = "answer",  # of `STYLES`: ours for judging answers, three official ones, or `raw`
 ) -> str:  # the text without what the style ignores
-    """A text as the official evaluation of SQuAD (v1), TriviaQA or NQ-open compares it, with dashes of all kinds as
-    hyphens (our addition); ValueError for another style."""
-    if style not in STYLES:
-        raise ValueError(f"unknown style {style!r}: known are {', '.join(STYLES)}")
+    """A text as answers are compared: by our rule, or as the official evaluation of SQuAD (v1), TriviaQA or NQ-open
+    does it, with dashes of all kinds as hyphens (our addition); ValueError for another style."""
+    _check_style(style)
+    if style == "answer":
+        return _without_articles(_answer_words(text))
     if style == "raw":
         return text
     text = text.translate(_DASHES)
@@ -78,7 +144,7 @@ def exact_match(
     prediction: str,  # the answer's text
     references: str | list[str],
     *,
-    style: str = "squad",
+    style: str = "answer",
 ) -> float:  # 1 or 0
     "1 where the normalised prediction equals a normalised reference, else 0 (SQuAD); ValueError without references."
     wanted = {normalize_answer(reference, style=style) for reference in _reference_list(references)}
@@ -97,7 +163,7 @@ def token_f1(
     prediction: str,  # the answer's text
     references: str | list[str],
     *,
-    style: str = "squad",
+    style: str = "answer",
     both_empty: float = 0.0,  # of two texts without words: 0 in SQuAD v1 and TriviaQA, 1 in SQuAD v2
 ) -> float:  # 0 to 1, the best over the references
     "F1 of the words (with repeats) that prediction and reference share (SQuAD); ValueError without references."
@@ -116,22 +182,33 @@ class _Words:
         return "".join(kept).split()
 
 
+class _AnswerWords:
+    "… and what the style `answer` calls one."
+
+    def tokenize(self, text: str) -> list[str]:
+        "The words of a text, normalised."
+        return normalize_answer(text, style="answer").split()
+
+
 @cache
-def _rouge():
-    "The scorer; its import takes a second."
+def _rouge(words: type):
+    "The scorer for this kind of words; its import takes a second."
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+    return RougeScorer(["rougeL"], tokenizer=words())
 
 # %% ../nbs/30_labeling.ipynb #1e3d8d75
 def rouge_l(
     prediction: str,  # the answer's text
     references: str | list[str],
+    *,
+    style: str = "answer",  # its words; under any other of `STYLES` they are ROUGE's own
 ) -> float:  # 0 to 1, the best over the references
     """ROUGE-L's F-measure (`rouge_score`, no stemming, words of any script); 0 where a side has no word.
-    ValueError without references."""
-    each = [_rouge().score(reference, prediction)["rougeL"].fmeasure for reference in _reference_list(references)]
-    return float(max(each))
+    ValueError without references, or for another style."""
+    _check_style(style)
+    score = _rouge(_AnswerWords if style == "answer" else _Words).score
+    return float(max(score(reference, prediction)["rougeL"].fmeasure for reference in _reference_list(references)))
 
 # %% ../nbs/30_labeling.ipynb #dafd9e91
 def _table_rows(table, needed: Sequence[str]) -> list[dict]:
@@ -650,18 +727,53 @@ def register_rule(
     return LABEL_RULES.register(name)
 
 # %% ../nbs/30_labeling.ipynb #48b230fa
-def _says(answer: str, reference: str, style: str) -> bool:
-    "Whether a reference occurs in an answer as whole words."
-    return f" {normalize_answer(reference, style=style)} " in f" {normalize_answer(answer, style=style)} "
+_TIE = "\ue000"  # a hyphen in a word
+_ARTICLE = rf"(?:(?:an?|the)[ {_TIE}])*"  # before any word of a name there may be articles
+
+
+def _occurring(text: str, patterns: list[str]) -> list[str]:
+    "What of a text fits a pattern as whole words; of several that fit the first."
+    return re.findall(rf"(?<!\S)(?:{'|'.join(patterns)})(?!\S)", text) if patterns else []
+
+
+def _occurring_words(answer: str, names: list[str]) -> set[str]:
+    "The names that occur in an answer's words: articles do not count, and *Iran-Contra* is one word."
+    text = " ".join(_answer_words(answer, _TIE))
+    there = {*text.replace(_TIE, " ").split()}
+    words_of = [name.split() for name in names]
+    patterns = [rf"[ {_TIE}]".join(_ARTICLE + re.escape(w) for w in words) for words in words_of if there >= {*words}]
+    return {_without_articles(found.replace(_TIE, " ").split()) for found in _occurring(text, patterns)}
+
+
+def _stands_alone(answer: str, reference: str) -> bool:
+    "Whether a letter (or article) stands in an answer by itself, as it is written or in capitals; no word after it."
+    word = re.findall(r"[^\W_]+", _spelled(reference))[-1]
+    pattern = rf"(?<!\w)(?<!\w['.-])(?:{word}|{word.upper()})(?!\w|['.-]\w|[+#%⊖]|[^\S\n]+\w)"
+    return re.search(pattern, _spelled(answer)) is not None
+
+# %% ../nbs/30_labeling.ipynb #2e4c3582
+def _is_letter(name: str) -> bool:
+    "Whether a name is one letter that has capitals, or an article."
+    return name in _ARTICLES or len(name) == 1 and name.upper() != name
 
 
 def _picked(answer: str, options: list[str], style: str) -> set[str]:
     "The options, normalised, that occur in an answer as whole words; not one inside a longer one."
-    names = {normalize_answer(option, style=style) for option in options} - {""}
-    if not names:
-        return set()
-    longest_first = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return set(re.findall(rf"(?<!\S)(?:{longest_first})(?!\S)", normalize_answer(answer, style=style)))
+    as_given = {normalize_answer(option, style=style): option for option in options}
+    names = sorted(as_given.keys() - {""}, key=len, reverse=True)
+    text = normalize_answer(answer, style=style)
+    if style != "answer":
+        return {*_occurring(text, [re.escape(name) for name in names])}
+    letters = {name for name in names if _is_letter(name)}
+    alone = {name for name in letters if text == name or _stands_alone(answer, as_given[name])}
+    return alone | _occurring_words(answer, [name for name in names if name not in letters])
+
+
+def _says(answer: str, reference: str, style: str) -> bool:
+    "Whether a reference occurs in an answer as whole words."
+    if style == "answer":
+        return bool(_picked(answer, [reference], style))
+    return f" {normalize_answer(reference, style=style)} " in f" {normalize_answer(answer, style=style)} "
 
 # %% ../nbs/30_labeling.ipynb #9d90e9c5
 @register_rule("alias")
@@ -685,7 +797,7 @@ def _half_of_the_words(answer, references, distractors, style) -> bool:
 @register_rule("rouge_l")
 def _half_in_order(answer, references, distractors, style) -> bool:
     "The answer has more than half of its words in common with a reference, in its order."
-    return rouge_l(answer, references) > 0.5
+    return rouge_l(answer, references, style=style) > 0.5
 
 
 @register_rule("choice")
@@ -941,7 +1053,7 @@ def label_answers(
     *,
     rule: str | Judge = "alias",  # a name in `LABEL_RULES` or `JUDGES`, or a judge
     name: str | None = None,  # of the new column; default: the rule's, or the judge's `__name__`
-    style: str = "squad",
+    style: str = "answer",
     out: str | Path | None = None,  # a file that keeps a judge's verdicts, to resume from
     batch_size: int = 32,  # rows per call, for a judge with `batch`
     progress: bool = False,
@@ -949,8 +1061,7 @@ def label_answers(
 ) -> Dataset:  # the table and a string column of `LABELS`
     """Label each answer right, wrong, empty or refused. ValueError for an unknown rule, a table that lacks something,
     or a judge's nonsense, RuntimeError for a judge that raises; both name the row."""
-    if style not in STYLES:
-        raise ValueError(f"unknown style {style!r}: known are {', '.join(STYLES)}")
+    _check_style(style)
     column = _rule_name(rule, name)
     table, rows = _answers_table(answers)
     if judge := _judge_of(rule, rows, options):
