@@ -24,13 +24,13 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt bundled-models.tx
 study: $(READY)  ## study the layers of the bundled model, report in results/smollm2-135m
 	$(BIN)/avss study smollm2-135m --out results/smollm2-135m $(if $(AVSS_NB_DATA),--data "$(AVSS_NB_DATA)")
 
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 test: $(READY)  ## run every test, and every chapter from its stored tables (ten minutes)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n auto -m "not slow"
 
 test-all: $(READY)  ## measure every table of the chapters anew, and run the long sweeps (forty minutes)
-	AVSS_NB_FRESH=1 $(PYTEST) -m "slow or chapter"
+	AVSS_NB_FRESH=1 $(PYTEST) -n logical -m "slow or chapter"
 
 MODELS ?= gemma3-270m qwen2.5-coder-0.5b
 

