@@ -29,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest --maxprocesses 4 --dist loadscope --no-loadsco
 test: $(READY)  ## run every test, and every chapter from its stored tables (ten minutes)
 	$(PYTEST) -n auto -m "not slow"
 
-test-all: $(READY)  ## measure every table of the chapters anew, and run the long sweeps (forty minutes)
+test-all: $(READY)  ## measure every table of the chapters anew, and run the long sweeps (an hour)
 	AVSS_NB_FRESH=1 $(PYTEST) -n logical -m "slow or chapter"
 
 MODELS ?= gemma3-270m qwen2.5-coder-0.5b
