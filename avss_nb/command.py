@@ -288,6 +288,16 @@ def _say(command: str, error: Exception) -> int:
     return 1
 
 # %% ../nbs/53_command.ipynb #6a09060a
+def _reader_left() -> bool:
+    "Whether what reads stdout, `head` say, has seen enough; then nothing more goes there. Another pipe is an error."
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def main(arguments: list[str] | None = None) -> int:  # status: 0, 1 or 2
     "The command `avss`."
     options = command_parser().parse_args(arguments)
@@ -295,10 +305,9 @@ def main(arguments: list[str] | None = None) -> int:  # status: 0, 1 or 2
         status = options.run(options)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # a reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 0
         if options.debug:
             raise
         return _say(options.command, error)

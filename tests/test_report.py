@@ -19,6 +19,7 @@ from conftest import check_page
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
+import avss_nb.command
 import avss_nb.report
 from avss_nb.data import load_questions
 from avss_nb.models import load_model
@@ -352,6 +353,17 @@ def test_a_reader_that_has_seen_enough(monkeypatch, capsys):
         assert main(["ls", "scores"]) == 0
     monkeypatch.undo()
     assert not capsys.readouterr().err
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
+    "Of a process that died, say: a run that was cut short is no success."
+
+    def broken(names=None):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(avss_nb.command.LISTS, "scores", broken)
+    assert main(["ls", "scores"]) == 2
+    assert "Broken pipe" in capsys.readouterr().err
 
 
 def test_nothing_is_loaded_for_a_plan(model_folder, tmp_path, capsys, monkeypatch):
