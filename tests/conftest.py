@@ -59,6 +59,16 @@ def run(*command, cwd: Path, **environment) -> str:
     return done.stdout
 
 
+def copy_sources(folder: Path, *more: str, ignore: tuple[str, ...] = ()) -> None:
+    "Copy what the package is built from, and more files by name, into a folder."
+    left_out = shutil.ignore_patterns("__pycache__", *ignore)
+    for name in ("nbs", "avss_nb"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
+    made_from = ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+    for name in (*made_from, "optional-models.txt", *more):
+        shutil.copy(ROOT / name, folder / name)
+
+
 def check_page(browser, url: str) -> list[str]:
     "Open a page (http://… or file://…) and list what is wrong with it; an empty list is a good page."
     for kind in ("browser", "performance"):

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -16,7 +15,7 @@ from packaging.utils import canonicalize_name
 import _map
 import _run
 import _site
-from conftest import NBS, ROOT, run
+from conftest import NBS, ROOT, copy_sources, run
 
 CHAPTERS = _run.chapters()
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
@@ -46,20 +45,7 @@ def where(cell) -> str:
 @pytest.fixture
 def copy(tmp_path) -> Path:
     "A copy of what the package is made from, to be changed at will."
-    ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "*.part")
-    for name in ("nbs", "avss_nb"):
-        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
-    for name in (
-        "settings.ini",
-        "setup.py",
-        "pyproject.toml",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-        "CITATION.cff",
-        "_quarto.yml",
-    ):
-        shutil.copy(ROOT / name, tmp_path / name)
+    copy_sources(tmp_path, "CITATION.cff", "_quarto.yml", ignore=(".ipynb_checkpoints", "*.part"))
     return tmp_path
 
 

@@ -1,7 +1,6 @@
 """The wheel is all that a user needs: it is built, checked, unpacked elsewhere, and its commands run from there,
 without the repository and its notebooks."""
 
-import shutil
 import sys
 import tarfile
 import zipfile
@@ -9,27 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import NBS, ROOT, run
+from conftest import NBS, ROOT, copy_sources, run
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     "Built from a copy of the tracked files that make the package."
     copy = tmp_path_factory.mktemp("source")
-    for name in ("avss_nb", "nbs"):
-        shutil.copytree(
-            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results", "images")
-        )
-    for name in (
-        "settings.ini",
-        "setup.py",
-        "pyproject.toml",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-        "optional-models.txt",
-    ):
-        shutil.copy(ROOT / name, copy / name)
+    copy_sources(copy, ignore=("results", "images"))
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", copy / "dist", cwd=copy)
     (made,) = (copy / "dist").glob("*.whl")
     return made
