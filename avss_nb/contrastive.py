@@ -678,13 +678,8 @@ def _check_recipe(recipe: ContrastiveRecipe):
 # %% ../nbs/33_contrastive.ipynb #106d7543
 def _check_model(model: nn.Module):
     "ValueError for a model without answers to train, with an adapter on it, or with offloaded weights."
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     if not is_causal(model):
         raise ValueError(f"{type(model).__name__} is no causal language model: it has no answers to train")
-    if getattr(model, "peft_config", None) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-        remedy = "merge it (merge_and_unload) or take it off (unload) first"
-        raise ValueError(f"there is an adapter on the model already: {remedy}")
     check_trainable(model)
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/31_eavss.ipynb #bcb3a776
 from .data import batch_rows, check_tokens
-from .hooks import POINTS, check_points, read_activations, run_blocks
+from .hooks import POINTS, check_points, has_input, read_activations, run_blocks
 from avss_nb.metrics import (
     EXACT_EPS,
     MANTISSA_BITS,
@@ -436,7 +436,7 @@ class _AnswerReader:
         "Sum the activations (B, T, width) of a layer. A token whose input is zero has no relative update."
         tokens, owner = a.reshape(-1, a.shape[-1])[self.positions.to(a.device)], self.owner.to(a.device)
         if point == "input":  # read before the others
-            self.has_input = tokens.any(-1)
+            self.has_input = has_input(tokens)
         if point == "relative_update" and not self.has_input.all():
             tokens, owner = tokens[self.has_input], owner[self.has_input]
         if point in self.points:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'ATTENTION_PATHS', 'MLP_PATHS', 'OF_STREAM', 'hidden_state', 'check_once', 'check_stream', 'block_input',
-           'relative_update', 'first_submodule', 'sublayers', 'sublayer', 'check_points', 'ActivationReader',
-           'read_activations', 'input_device', 'counts_own_positions', 'without_hooks', 'reads_ahead',
-           'sublayers_add_up', 'model_inputs', 'text_error', 'run_blocks', 'capabilities']
+           'relative_update', 'has_input', 'first_submodule', 'sublayers', 'sublayer', 'check_points',
+           'ActivationReader', 'read_activations', 'input_device', 'counts_own_positions', 'without_hooks',
+           'reads_ahead', 'sublayers_add_up', 'model_inputs', 'text_error', 'run_blocks', 'capabilities']
 
 # %% ../nbs/11_hooks.ipynb #3c7bc629
 import inspect
@@ -75,6 +75,13 @@ def relative_update(
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)  # squares of large numbers fit
     factor = (x.shape[-1] ** 0.5 / norm).clamp_max_(torch.finfo(torch.float32).max)
     return y.float().sub(x).mul_(factor.masked_fill_(norm == 0, 0).float())
+
+
+def has_input(
+    x: torch.Tensor,  # block input (..., d)
+) -> torch.Tensor:  # (...) bool
+    "Whether a token's input is other than zero: only such a token has a relative update."
+    return x.abs().amax(-1) != 0  # faster than `any`
 
 # %% ../nbs/11_hooks.ipynb #da509a2b
 ATTENTION_PATHS = (

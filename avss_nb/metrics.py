@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .hooks import OF_STREAM, POINTS, check_points, read_activations, run_blocks
+from .hooks import OF_STREAM, POINTS, check_points, has_input, read_activations, run_blocks
 from .models import atomic_write, blocks, explain_arguments
 
 # %% ../nbs/13_metrics.ipynb #3c2679ed
@@ -317,7 +317,7 @@ class _AddedSums(_StreamSums):
             if point in OF_STREAM:
                 a, mask = OF_STREAM[point](x, y), self.mask.to(y.device)
                 if point == "relative_update":
-                    mask = mask & (x.abs().amax(-1) != 0)  # a token whose input is zero has none
+                    mask = mask & has_input(x)
                 self.sums[point, self.row[layer]].add(a, mask)
         self._add_turn(self.row[layer], F.cosine_similarity(x.float(), y.float(), dim=-1), self.mask)
 
