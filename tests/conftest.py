@@ -123,11 +123,13 @@ class ByFile(LoadScopeScheduling):
         return nodeid if file.endswith("test_notebooks.py") else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int:
     "One more than there are cores: a quarter of the time goes into waiting for files, processes and the browser."
     return (os.cpu_count() or 1) + 1
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 
