@@ -374,7 +374,7 @@ def run_key(
     /,
     **parts,  # models, tokenizers, data, functions, settings: all that decides the result
 ) -> dict:
-    "The key of a run, for `RunDirectory.open`: models by all of their weights and state, the others as `key_of`."
+    "The key of a run, for its `RunDirectory`: models by all of their weights and state, the others as `key_of`."
     key = {name: key_of(part) for name, part in parts.items()}
     for name, part in parts.items():
         if isinstance(part, nn.Module):

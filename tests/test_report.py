@@ -280,7 +280,7 @@ def test_killed_study_resumes_to_the_same_tables(finished, model_folder, tmp_pat
     assert process.wait() == -signal.SIGKILL and not (out / "results.json").exists()
     assert subprocess.run(command(model_folder, out), capture_output=True).returncode == 0
     for name, table in tables(out).items():
-        pd.testing.assert_frame_equal(table, base_model[name], rtol=1e-6)
+        pd.testing.assert_frame_equal(table, base_model[name], rtol=1e-5)  # a process of its own: other threads
 
 
 def test_whole_model_is_the_yardstick(finished):
