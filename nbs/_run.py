@@ -2,10 +2,10 @@
 
     python nbs/_run.py                    every chapter, in reading order
     python nbs/_run.py nbs/13_metrics.ipynb nbs/22_pruning.ipynb
+    AVSS_NB_FULL=1 AVSS_NB_MODEL=gemma3-270m python nbs/_run.py nbs/28_study_layers.ipynb    its tables, nothing stored
 
-Each notebook runs in a process of its own, in the folder `nbs`, and skips the cells that `nbdev_test` skips. The
-same run
-twice writes the same bytes. A notebook is written only when it ran through and its outputs are fit to keep: no warning,
+Each notebook runs in a process of its own, in the folder `nbs`, and skips the cells that `nbdev_test` skips. The same
+run twice writes the same bytes. A notebook is written only when it ran through and its outputs are fit to keep: no warning,
 no traceback, no path of this machine.
 """
 
@@ -81,6 +81,19 @@ def output_problems(cell) -> list[str]:
     return problems
 
 
+def other_model() -> str:
+    "The model that a study is to measure in the place of the bundled one, which its prose is about; empty without."
+    return os.environ.get("AVSS_NB_MODEL", "")
+
+
+def up_to_tables(cells: list) -> list:
+    "The cells of a study up to the one that measures its tables."
+    measuring = [
+        number for number, cell in enumerate(cells, 1) if "AVSS_NB_FULL" in cell.source and cell.cell_type == "code"
+    ]
+    return cells[: measuring[0]]
+
+
 def run_notebook(path: Path) -> tuple[str, list[str]]:
     "Run one notebook in this process; give its new text and what is wrong with its outputs."
     os.environ["IN_TEST"] = "1"  # as nbdev_test: calls that would export or index do nothing
@@ -89,6 +102,8 @@ def run_notebook(path: Path) -> tuple[str, list[str]]:
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = []
+    if other_model():
+        nb.cells = up_to_tables(nb.cells)
     shell = CaptureShell(path, mpl_format="png")
     sys.path.insert(0, str(config.config_path))
     try:
@@ -119,6 +134,9 @@ def store(path: Path):
     if problems:
         print(f"{path.name}: not stored\n  " + "\n  ".join(problems), file=sys.stderr)
         sys.exit(1)
+    if other_model():
+        print(f"{path.name}: tables of {other_model()}, {time.perf_counter() - start:.0f} s", flush=True)
+        return
     changed = text != path.read_text(encoding="utf-8")
     if changed:
         part = path.with_name(path.name + ".part")
