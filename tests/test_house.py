@@ -216,6 +216,17 @@ def test_site_lists_every_chapter_in_order():
     assert (NBS / "_quarto.yml").is_symlink() and (NBS / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
 
 
+@pytest.mark.parametrize("chapter", [c for c in CHAPTERS if "_study_" in c.name], ids=lambda c: c.stem)
+def test_a_study_takes_a_model(chapter):
+    "What comes before its tables names no model; the cell that measures them is the last that another model runs."
+    kept = _run.up_to_tables(NBProcessor(chapter).nb.cells)
+    code = "\n".join(cell.source for cell in kept if cell.cell_type == "code")
+    assert "study_folder(" in kept[-1].source and "load_model(studied_model())" in code.replace(
+        "partial(load_model, studied_model())", "load_model(studied_model())"
+    )
+    assert "load_model()" not in code and "smollm2" not in code and "results/study_" not in code
+
+
 def test_gallery_shows_figures_as_they_stand():
     def images(chapter):
         return [
