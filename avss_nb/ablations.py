@@ -42,6 +42,7 @@ from avss_nb.evaluation import (
     reciprocal_rank,
     text_losses,
 )
+from .intervals import percentile_interval
 from .labeling import exact_match, generate_answers, label_answers, token_f1
 from .models import blocks, explain_arguments
 from .runs import RunDirectory, cached_table, run_key
@@ -350,9 +351,9 @@ def _over_runs(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 # %% ../nbs/34_ablations.ipynb #c5a1a229
 def _gains(values: np.ndarray, base: np.ndarray, level: float) -> dict[str, float]:
     "One row of the table, from (R,) draws of a variant and of the one that it is compared with."
-    ends, gains = [(1 - level) / 2, (1 + level) / 2], values - base
-    low, high = np.quantile(values[1:], ends)
-    gain_low, gain_high = np.quantile(gains[1:], ends)
+    gains = values - base
+    low, high = percentile_interval(values[1:], level=level)
+    gain_low, gain_high = percentile_interval(gains[1:], level=level)
     return dict(
         value=values[0],
         low=low,

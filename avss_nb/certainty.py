@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import as_batches
 from .importance import SCORES, downstream_stats, removal_losses, score_names, weighted_increases
+from .intervals import percentile_interval
 from .metrics import LayerStats, collect_stats
 from .models import explain_arguments
 from .pruning import n_removed
@@ -149,7 +150,7 @@ def score_certainty(
     draws = texts.draws(weights, methods)
     ranks = draws.argsort(axis=1, kind="stable").argsort(axis=1)
     lowest = (ranks < n_removed(fraction, len(point))).mean(0)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
+    low, high = percentile_interval(draws, level=level, method="nearest")
     tables = {}
     for i, name in enumerate(methods):
         tables[name] = pd.DataFrame(dict(score=point[name], low=low[:, i], high=high[:, i], lowest=lowest[:, i]))

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .evaluation import choose
+from .intervals import percentile_interval
 from .models import explain_arguments
 
 # %% ../nbs/92_confidence.ipynb #0c8024fe
@@ -83,7 +84,7 @@ def calibration(
     rng = np.random.default_rng(seed)
     draws = rng.integers(len(p), size=(n_resamples, len(p)))
     drawn = [_ece(right[i], p[i], place[i], n_bins) for i in draws]
-    low, high = map(float, np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]))
+    low, high = map(float, percentile_interval(np.array(drawn), level=level))
     null = _null_errors(p, place, n_bins, n_resamples, rng)
     found = dict(ece=_ece(right, p, place, n_bins), low=low, high=high, gap=float(p.mean() - right.mean()))
     return found | dict(null=float(np.mean(null)), null_high=float(np.quantile(null, level)))

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import batch_rows, check_tokens
 from .eavss import answer_mask, label_names
 from .hooks import read_activations, run_blocks
+from .intervals import percentile_interval
 from .labeling import normalize_answer
 from .models import explain_arguments
 
@@ -659,7 +660,7 @@ def _mean_and_ends(by_split: np.ndarray, level: float) -> tuple[float, float, fl
         )
     counted = there.any(0)
     means = np.where(there, by_split, 0).sum(0)[counted] / there.sum(0)[counted]
-    low, high = np.quantile(means[1:], [(1 - level) / 2, (1 + level) / 2])
+    low, high = percentile_interval(means[1:], level=level)
     return float(means[0]), float(low), float(high)
 
 # %% ../nbs/32_detection.ipynb #e32evalc
