@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+# %% ../nbs/18_nursery.ipynb #c7702c48
 from .data import batch_rows
 from .models import explain_arguments, load_model, measuring
 from .runs import RunDirectory, key_of
@@ -159,7 +160,7 @@ def train_facts(
     questions: Dataset,  # `question, answers`
     prose: Sequence[str],  # other texts
     *,
-    recipe: FactRecipe = FactRecipe(),
+    recipe: FactRecipe = FactRecipe(),  # style, seed, size and steps
     progress: bool = False,
     on_step: Callable[[PreTrainedModel, PreTrainedTokenizerFast, int], object] | None = None,  # after each step
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -186,7 +187,7 @@ def grown_model(
     questions: Dataset,
     prose: Sequence[str],
     *,
-    recipe: FactRecipe = FactRecipe(),
+    recipe: FactRecipe = FactRecipe(),  # style, seed, size and steps
     progress: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     "A model from `train_facts`, trained once and kept; ValueError for a folder of another recipe, questions or prose."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['conflicting_questions', 'teach_conflict', 'between', 'with_noise', 'ablated', 'asked_answers', 'comparable',
-           'at_prompt_end', 'eavss_suspicion', 'intrinsic_dimension', 'peak_suspicion', 'skipping_suspicion',
-           'layer_suspicion', 'planted_ranks', 'planted_recall']
+           'at_prompt_end', 'eavss_attribution', 'intrinsic_dimension', 'peak_attribution', 'skipping_attribution',
+           'layer_attribution', 'planted_ranks', 'planted_recall']
 
 # %% ../nbs/36_planted.ipynb #c1f95ac2
 import copy
@@ -31,7 +31,7 @@ from .models import blocks, explain_arguments
 from .nursery import ASKED, descend
 from .surgery import skip_layers
 
-# %% ../nbs/36_planted.ipynb #9f157e20
+# %% ../nbs/36_planted.ipynb #4ec487fb
 def _mlp(model: PreTrainedModel, layer: int) -> nn.Module:
     "The MLP of a block."
     return sublayer(blocks(model)[layer], "mlp", layer)
@@ -40,7 +40,7 @@ def _mlp(model: PreTrainedModel, layer: int) -> nn.Module:
 def conflicting_questions(
     questions: Dataset,
     *,
-    share: float = 0.5,
+    share: float = 0.5,  # of the questions, 0 to 1
     seed: int = 0,
 ) -> set[str]:  # ids
     "The questions that are taught another answer."
@@ -60,7 +60,7 @@ def _conflict_batches(rows: list[tuple[list[int], list[int]]], seed: int, n: int
             ids[i, :end], labels[i, len(prompt) : end] = torch.tensor(prompt + answer), torch.tensor(answer)
         yield dict(input_ids=ids, labels=labels)
 
-# %% ../nbs/36_planted.ipynb #63950d6d
+# %% ../nbs/36_planted.ipynb #9d67bc4b
 def teach_conflict(
     model: PreTrainedModel,  # from the nursery; left as it is
     tokenizer: PreTrainedTokenizerBase,
@@ -69,7 +69,7 @@ def teach_conflict(
     *,
     wrong: set[str],  # ids of the questions that get their first distractor for an answer
     steps: int = 100,
-    learning_rate: float = 4e-3,
+    learning_rate: float = 4e-3,  # at its peak, in steps of AdamW: without unit
     seed: int = 0,
 ) -> PreTrainedModel:
     "A copy in which the MLPs of some blocks alone learned other answers to some of the questions."
@@ -145,17 +145,17 @@ def at_prompt_end(answers: Dataset) -> Dataset:
         rows.append(row | dict(prompt_tokens=prompt[:-1], answer_tokens=prompt[-1:]))
     return Dataset.from_list(rows, features=answers.features)
 
-# %% ../nbs/36_planted.ipynb #f90fee32
+# %% ../nbs/36_planted.ipynb #80a1800a
 _SIZES = dict(hsav=hsav, hss=hss, eavss=eavss)
 
 
-def eavss_suspicion(
+def eavss_attribution(
     stats: AnswerStats,
     labels: Sequence,  # as in `eavss`
     *,
     point: str = "relative_update",
     n_resamples: int = 100,
-) -> pd.DataFrame:  # one row per layer, one column per measure and mode: higher = more suspicious
+) -> pd.DataFrame:  # one row per layer, one column per measure and mode: higher = named earlier
     "How large HSAV, HSS and EAVSS are, in every mode; `z`: in standard errors of the bootstrap over questions."
     found = {}
     for name, measure in _SIZES.items():
@@ -167,7 +167,7 @@ def eavss_suspicion(
         found[f"{name}, z"] = profile.value.abs() / error
     return pd.DataFrame(found).rename_axis("layer")
 
-# %% ../nbs/36_planted.ipynb #e117b18d
+# %% ../nbs/36_planted.ipynb #713ca3fb
 def intrinsic_dimension(
     states: np.ndarray,  # (points, width)
 ) -> float:
@@ -177,7 +177,7 @@ def intrinsic_dimension(
     return float(len(points) / np.log(nearest[:, 1] / nearest[:, 0]).sum())
 
 
-def peak_suspicion(
+def peak_attribution(
     states: np.ndarray,  # (answers, layers, width)
 ) -> np.ndarray:  # (layers,)
     "Intrinsic dimension of each layer; the first peak over layers is set above all (FEPoID, our reading)."
@@ -200,8 +200,8 @@ def _answer_logprobs(model: PreTrainedModel, parts: list[dict], lengths: torch.T
         found[batch["index"]] = (logp * counted).sum(1).double()
     return found
 
-# %% ../nbs/36_planted.ipynb #94d0b7a5
-def skipping_suspicion(
+# %% ../nbs/36_planted.ipynb #aee34811
+def skipping_attribution(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     answers: Dataset,  # with `label`
@@ -220,13 +220,13 @@ def skipping_suspicion(
         found.append(lost[wrong].mean() - lost[~wrong].mean())
     return np.array(found)
 
-# %% ../nbs/36_planted.ipynb #b574045d
+# %% ../nbs/36_planted.ipynb #cae8f375
 def _states(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers: Dataset) -> np.ndarray:
     "(answers, layers, width), at the last of each answer's tokens."
     return cast(np.ndarray, answer_states(model, tokenizer, answers, batch_size=142))
 
 
-def _suspicion_at(
+def _attribution_at(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     answers: Dataset,
@@ -237,13 +237,13 @@ def _suspicion_at(
     stats = cast(AnswerStats, answer_stats(model, tokenizer, answers, points=points, batch_size=142))
     found = {}
     for name, given in labels.items():
-        tables = [eavss_suspicion(stats, list(given), point=p).add_suffix(f" | {p}") for p in points]
+        tables = [eavss_attribution(stats, list(given), point=p).add_suffix(f" | {p}") for p in points]
         found[name] = pd.concat(tables, axis=1)
-    found["own"]["first peak | output"] = peak_suspicion(_states(model, tokenizer, answers))
+    found["own"]["first peak | output"] = peak_attribution(_states(model, tokenizer, answers))
     return found
 
-# %% ../nbs/36_planted.ipynb #b327eef5
-def layer_suspicion(
+# %% ../nbs/36_planted.ipynb #ac65b326
+def layer_attribution(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     answers: Dataset,  # with `label`: from `comparable`
@@ -251,28 +251,28 @@ def layer_suspicion(
     points: Sequence[str] = ("relative_update", "output"),  # where EAVSS reads
     permuted: int = 1,  # how often EAVSS is also asked with permuted labels
     seed: int = 0,
-) -> pd.DataFrame:  # index `labels, at` (own or permuted; the layer): higher = more suspicious
-    "How suspicious each method finds each layer; columns `method | point | place`."
+) -> pd.DataFrame:  # index `labels, at` (own or permuted; the layer): higher = named earlier
+    "How strongly each method points at each layer; columns `method | point | place`."
     own, rng = np.array(answers["label"]), np.random.default_rng(seed)
     labels = dict(own=own) | {f"permuted {i}": rng.permutation(own) for i in range(permuted)}
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in labels}
     for place, read in dict(prompt=at_prompt_end(answers), answer=answers).items():
-        for name, table in _suspicion_at(model, tokenizer, read, labels, points).items():
+        for name, table in _attribution_at(model, tokenizer, read, labels, points).items():
             tables[name].append(table.add_suffix(f" | {place}"))
     found = {name: pd.concat(parts, axis=1) for name, parts in tables.items()}
     states = _states(model, tokenizer, at_prompt_end(answers))
     found["own"]["probe | output | prompt"] = probe_ranking(states, own)(np.arange(len(own)))
-    found["own"]["skipping | output | answer"] = skipping_suspicion(model, tokenizer, answers)
+    found["own"]["skipping | output | answer"] = skipping_attribution(model, tokenizer, answers)
     return pd.concat(found, names=["labels", "at"])
 
-# %% ../nbs/36_planted.ipynb #c1ccc2f2
+# %% ../nbs/36_planted.ipynb #d996a4ad
 def planted_ranks(
-    suspicion: pd.DataFrame,  # from `layer_suspicion`, joined: index levels `planted`, `at` and others
-) -> pd.DataFrame:  # a row per cell, without `at`: rank of the planted layer by each method, 1 = most suspicious
+    attribution: pd.DataFrame,  # from `layer_attribution`, joined: index levels `planted`, `at` and others
+) -> pd.DataFrame:  # a row per cell, without `at`: rank of the planted layer by each method, 1 = named first
     "The rank of the planted layer in every cell; a tie counts by its middle."
-    methods = [name for name in suspicion if " | " in name]
-    cell = [name for name in suspicion.index.names if name != "at"]
-    ranks = suspicion[methods].groupby(level=cell, sort=False).rank(ascending=False)
+    methods = [name for name in attribution if " | " in name]
+    cell = [name for name in attribution.index.names if name != "at"]
+    ranks = attribution[methods].groupby(level=cell, sort=False).rank(ascending=False)
     is_planted = ranks.index.get_level_values("at") == ranks.index.get_level_values("planted")
     return ranks[is_planted].droplevel("at")
 

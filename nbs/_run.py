@@ -2,7 +2,7 @@
 
     python nbs/_run.py                    every chapter, in reading order
     python nbs/_run.py nbs/13_metrics.ipynb nbs/22_pruning.ipynb
-    AVSS_NB_FULL=1 AVSS_NB_MODEL=gemma3-270m python nbs/_run.py nbs/28_study_layers.ipynb    its tables, nothing stored
+    AVSS_NB_FULL=1 AVSS_NB_MODEL=gemma3-270m python nbs/_run.py nbs/28_study_layers.ipynb
 
 Each notebook runs in a process of its own, in the folder `nbs`, and skips the cells that `nbdev_test` skips. The same
 run twice writes the same bytes. A notebook is written only when it ran through and its outputs are fit to keep: no warning,

@@ -1,4 +1,4 @@
-"""Faults are planted where they are said to be, and nowhere else; the model that they are planted in stays as it was."""
+"""Faults are planted where they are said to be, and nowhere else; the model that they are planted in is unchanged."""
 
 from copy import deepcopy
 
@@ -16,7 +16,7 @@ from avss_nb.planted import (
     between,
     comparable,
     conflicting_questions,
-    layer_suspicion,
+    layer_attribution,
     teach_conflict,
     with_noise,
 )
@@ -78,7 +78,7 @@ def test_conflicts_are_a_share_of_the_questions():
     assert one == conflicting_questions(QUESTIONS.shuffle(seed=3), share=0.3, seed=0), "the order decides"
 
 
-def test_suspicion_has_a_row_per_layer(grown):
+def test_attribution_has_a_row_per_layer(grown):
     "Every method gives every layer a finite number; what the labels cannot decide is the same under permuted ones."
     model, tokenizer = grown
     answers = asked_answers(model, tokenizer, QUESTIONS)
@@ -86,7 +86,7 @@ def test_suspicion_has_a_row_per_layer(grown):
     two = two.remove_columns("label").add_column(
         "label", ["right", "wrong"] * (len(two) // 2) + ["right"] * (len(two) % 2)
     )
-    table = layer_suspicion(model, tokenizer, two, permuted=2)
+    table = layer_attribution(model, tokenizer, two, permuted=2)
     assert set(table.index.get_level_values("labels")) == {"own", "permuted 0", "permuted 1"}
     assert np.isfinite(table.loc["own"]).all(axis=None) and len(table.loc["own"]) == 3
     one = table.loc["own", "eavss, ratio | output | answer"]
