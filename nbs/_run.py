@@ -5,8 +5,8 @@
     AVSS_NB_FULL=1 AVSS_NB_MODEL=gemma3-270m python nbs/_run.py nbs/28_study_layers.ipynb
 
 Each notebook runs in a process of its own, in the folder `nbs`, and skips the cells that `nbdev_test` skips. The same
-run twice writes the same bytes. A notebook is written only when it ran through and its outputs are fit to keep: no warning,
-no traceback, no path of this machine.
+run twice writes the same bytes. A notebook is written only when it ran through and its outputs are fit to keep: no
+warning, no traceback, no path of this machine. Another model's tables (AVSS_NB_MODEL) are measured, and no output kept.
 """
 
 import multiprocessing
