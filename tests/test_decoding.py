@@ -369,8 +369,8 @@ FINE = (np.arange(10_000) + 0.5) / 10_000
 @pytest.mark.parametrize("kind", RISKS)
 @pytest.mark.parametrize("grid", [None, np.linspace(0.05, 1, 20)], ids=["by number", "grid"])
 def test_the_promise_is_kept(kind, confidence, grid):
-    "Of 600 calibration sets the true risk is above the one asked for in no more than 1 − confidence, but for luck."
-    violation_rate, n, risk = 0, 600, 0.3
+    "Of 300 calibration sets the true risk is above the one asked for in no more than 1 − confidence, but for luck."
+    violation_rate, n, risk = 0, 300, 0.3
     for seed in range(n):
         rng = np.random.default_rng(seed)
         s = rng.random(120)

@@ -723,13 +723,17 @@ def test_empty_answers(rule, answer):
 
 @pytest.mark.parametrize("rule", LABEL_RULES)
 def test_refusals(rule):
+    cases = []
     for phrase in REFUSALS:
-        assert (
-            labels(rule, f"Lima: {phrase}", ["Lima: " + phrase]) == "right"
-            and labels(rule, f"Ask, {phrase}", ["Lima"]) == "wrong"
-        )  # at the start only
+        cases += [
+            (f"Lima: {phrase}", "Lima: " + phrase, "right"),
+            (f"Ask, {phrase}", "Lima", "wrong"),
+        ]  # at the start only
         for text in (phrase, phrase.upper() + ".", f"{phrase}, Lima", phrase.replace("'", "’") + " that"):
-            assert labels(rule, text, ["Lima"]) == "refused", text
+            cases.append((text, "Lima", "refused"))
+    rows = [dict(id="a", question="?", answers=[right], distractors=["zzz"], answer=text) for text, right, _ in cases]
+    found = label_answers(rows, rule=rule, name="label")["label"]
+    assert [(text, label) for (text, _, _), label in zip(cases, found)] == [(text, label) for text, _, label in cases]
     assert (
         labels(rule, "Sorryville", ["Sorryville"])
         == labels(rule, "Sorry Seems to Be the Hardest Word", ["Sorry Seems to Be the Hardest Word"])
