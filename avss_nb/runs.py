@@ -26,6 +26,7 @@ from opcode import opmap
 from pathlib import Path
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+from urllib.parse import quote
 
 # %% ../nbs/15_runs.ipynb #91e37f91
 import numpy as np
@@ -498,8 +499,8 @@ def studied_model() -> str:
 def study_folder(
     name: str,  # of the study
 ) -> Path:
-    "Where a study keeps its tables: `results/name`, and of another model `results/name-model`."
-    model = re.sub(r"[^\w.-]+", "-", studied_model()).strip("-.")
+    "Where a study keeps its tables: `results/name`, of another model `results/name-model`; no two models share one."
+    model = quote(studied_model(), safe="")
     return Path("results") / (name if model == "smollm2-135m" else f"{name}-{model}")
 
 # %% ../nbs/15_runs.ipynb #66e226f1
