@@ -27,7 +27,7 @@ from .eavss import MODES, AnswerStats, answer_mask, answer_stats, eavss, halluci
 from .hooks import sublayer
 from .intervals import bootstrap_interval
 from .labeling import generate_answers, label_answers
-from .models import blocks, explain_arguments
+from .models import blocks, explain_arguments, measuring
 from .nursery import ASKED, descend
 from .surgery import skip_layers
 
@@ -193,7 +193,7 @@ def _answer_logprobs(model: PreTrainedModel, parts: list[dict], lengths: torch.T
     found = np.zeros(len(lengths))
     for batch in parts:
         ids = batch["input_ids"]
-        with torch.no_grad():
+        with torch.no_grad(), measuring(model):
             logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
         logp = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         counted = answer_mask(batch, lengths)[:, 1:]
@@ -212,12 +212,12 @@ def skipping_attribution(
     rows = [(i, [*row["prompt_tokens"], *row["answer_tokens"]]) for i, row in enumerate(answers)]
     parts = list(batch_rows(rows, tokenizer, batch_size=batch_size))
     lengths = torch.tensor([len(tokens) for tokens in answers["answer_tokens"]])
-    wrong = np.array(answers["label"]) == "wrong"
+    wrong, right = (np.array(answers["label"]) == label for label in ("wrong", "right"))
     before, found = _answer_logprobs(model, parts, lengths), []
     for layer in range(len(blocks(model))):
         with skip_layers(model, [layer]):
             lost = before - _answer_logprobs(model, parts, lengths)
-        found.append(lost[wrong].mean() - lost[~wrong].mean())
+        found.append(lost[wrong].mean() - lost[right].mean())
     return np.array(found)
 
 # %% ../nbs/36_planted.ipynb #cae8f375
