@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 # %% ../nbs/33_contrastive.ipynb #a08fd8ab
 from .data import QUESTION, batch_rows, check_tokens, distractor_kinds, encode_pair
 from .evaluation import is_causal
-from .hooks import block_input, hidden_state, model_inputs, read_activations
+from .hooks import block_input, has_input, hidden_state, model_inputs, read_activations
 from .models import blocks, explain_arguments, text_config
 from .runs import RunDirectory, run_key
 from .surgery import PassThrough, check_layers, layer_of, replaced_blocks, skip_layers
@@ -327,8 +327,8 @@ def _pooled(states: torch.Tensor, batch: dict, pooling: str) -> tuple[torch.Tens
     prompts, answers = states[:, -A - 1], states[:, -A:].float()
     if pooling == "last":
         return prompts, answers[torch.arange(len(answers)), length - 1]
-    there = _answer_columns(batch, states.device)[..., None]
-    return prompts, (answers * there).sum(1) / length[:, None]
+    counted = _answer_columns(batch, states.device) & has_input(answers)  # a token without an input has no update
+    return prompts, (answers * counted[..., None]).sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
 
 # %% ../nbs/33_contrastive.ipynb #5234aad2
 @contextmanager

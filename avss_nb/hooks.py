@@ -444,6 +444,55 @@ def _adds_up(model: nn.Module) -> bool:
             return False
     return True
 
+# %% ../nbs/11_hooks.ipynb #ce9833dc
+def _runs_once(model: nn.Module) -> bool:
+    "Whether a pass calls each block once, so that a hook sees one layer."
+    calls = [0] * len(blocks(model))
+
+    def count(layer: int):
+        def hook(block, args, result):
+            calls[layer] += 1
+
+        return hook
+
+    for layer, block in enumerate(blocks(model)):
+        block.register_forward_hook(count(layer))
+    _first_answer(model)
+    return set(calls) == {1}
+
+# %% ../nbs/11_hooks.ipynb #2aa5f8af
+def _other_input(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    "The arguments of a block, with another hidden state in the place of its own."
+    x = block_input(args, kwargs)
+    other = x.flip(-1)
+    swapped = tuple(other if value is x else value for value in args)
+    return swapped, {name: other if value is x else value for name, value in kwargs.items()}
+
+
+def _run_with(model: nn.Module, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "What a model says, and what it says when a block works on another input and still hands on its true output."
+    block, results = blocks(model)[layer], []
+    handle = block.register_forward_hook(lambda block, args, result: results.append(result))
+    plain = _first_answer(model)
+    handle.remove()
+    handles = [
+        block.register_forward_pre_hook(_other_input, with_kwargs=True),
+        block.register_forward_hook(lambda block, args, result: results[0]),
+    ]
+    changed = _first_answer(model)
+    for handle in handles:
+        handle.remove()
+    return plain, changed
+
+
+def _hands_on_output_alone(model: nn.Module) -> bool:
+    "Whether later layers read of each block nothing but what it returns: no keys or values, no state of its own."
+    for layer in range(len(blocks(model))):
+        plain, changed = _run_with(model, layer)
+        if (plain - changed).abs().max() > 10 * _rounding(model) * plain.std():
+            return False
+    return True
+
 # %% ../nbs/11_hooks.ipynb #2f2fc7f2
 _ASKED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
@@ -564,6 +613,10 @@ _QUESTIONS: dict[str, Callable[[nn.Module], bool]] = {
     "leaves out padding on the left": lambda model: not _sees_padding(model, "left"),
     "leaves out padding on the right": lambda model: not _sees_padding(model, "right"),
     "adds up its sublayers": sublayers_add_up,
+    "runs each layer once": lambda model: _ask(model, "runs each layer once", lambda: _runs_once(model)),
+    "hands on a layer's output alone": lambda model: _ask(
+        model, "hands on a layer's output alone", lambda: _hands_on_output_alone(model)
+    ),
 }
 
 

@@ -37,7 +37,7 @@ from .ablations import choose_variants, compare_variants, held_out_items, plot_v
 from .allocation import greedy_plan, measure_plans, sparse_variants, weight_exponents
 from .certainty import TextScores, converged_after, convergence, score_certainty, score_texts
 from .contrastive import contrastive_rows, own_wrong_answers
-from .cost import memory_plan
+from .cost import memory_plan, meta_model
 from .data import Batches, TextTooLong, batches, data_folder, load_questions, load_sentences, load_text
 from .detection import detector_scores, eavss_detector, evaluate_detectors
 from .eavss import answer_stats, hallucination_profile, log_avss, plot_hallucination
@@ -234,10 +234,10 @@ def plan_in_words(
     Errors as in `model_source`; ValueError or OSError where the config cannot be read."""
     words = memory_in_words(settings, trust_remote_code=trust_remote_code)
     config = model_config(settings, trust_remote_code=trust_remote_code)
-    n_layers = config.get_text_config().num_hidden_layers
     itemsize = (torch_dtype(settings) or config.dtype or torch.float32).itemsize
     try:
         n_parameters = _memory_gb(settings, config).weights * 1e9 / itemsize
+        n_layers = len(blocks(meta_model(config)))
     except ValueError:
         return f"{words}\nTime: no plan for this model"
     work = work_plan(settings, n_layers, n_choices=n_choices)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import check_page
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import BartConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 import avss_nb.command
 import avss_nb.report
@@ -33,6 +33,7 @@ from avss_nb.report import (
     _Progress,
     load_study,
     memory_in_words,
+    plan_in_words,
     run_study,
     still_to_come,
     wrong_answers,
@@ -374,6 +375,21 @@ def test_nothing_is_loaded_for_a_plan(model_folder, tmp_path, capsys, monkeypatc
         memory, minutes = capsys.readouterr().out.splitlines()
         assert memory.startswith("Memory: ") and minutes.startswith("Time: about ")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_counts_the_layers_that_are_loaded(tmp_path, monkeypatch):
+    "Of BART those of the decoder, which reads the text alone."
+    config = dict(vocab_size=99, d_model=16, encoder_attention_heads=2, decoder_attention_heads=2)
+    BartConfig(**config, encoder_layers=5, decoder_layers=2).save_pretrained(tmp_path)
+    seen, plan = [], avss_nb.report.work_plan
+
+    def noting(settings, n_layers, **more):
+        seen.append(n_layers)
+        return plan(settings, n_layers, **more)
+
+    monkeypatch.setattr(avss_nb.report, "work_plan", noting)
+    assert "Time: about" in plan_in_words(Settings(model=str(tmp_path)))
+    assert seen == [2]
 
 
 def test_help_imports_nothing_heavy():

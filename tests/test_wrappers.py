@@ -14,7 +14,7 @@ from torch import nn
 
 from avss_nb.evaluation import check_causal, is_causal, option_logprobs, perplexity
 from avss_nb.healing import heal
-from avss_nb.hooks import model_inputs, read_activations, relative_update
+from avss_nb.hooks import capabilities, model_inputs, read_activations, relative_update
 from avss_nb.importance import layer_scores, leave_one_out, sleb, taylor
 from avss_nb.metrics import avss, collect_stats
 from avss_nb.models import blocks, shared_copy, unwrap
@@ -449,6 +449,34 @@ def small_bart(kind: str):
     config = bart()
     config.decoder_layers = 2
     return getattr(transformers, kind)(config).eval()
+
+
+def test_layers_that_read_earlier_keys_are_told():
+    "Gemma-3n's last layers read the keys and values of earlier ones; without that, each hands on its output alone."
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    sizes = dict(vocab_size=99, vocab_size_per_layer_input=99, hidden_size=32, hidden_size_per_layer_input=8)
+    sizes |= dict(intermediate_size=64, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    sizes |= dict(laurel_rank=4, activation_sparsity_pattern=None, layer_types=kinds)
+    for shared, said in ((2, "no"), (0, "yes")):
+        torch.manual_seed(0)
+        config = transformers.Gemma3nTextConfig(**sizes, num_kv_shared_layers=shared)
+        model = transformers.Gemma3nForCausalLM(config).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.normal_(std=0.15) if weight.dim() > 1 else None
+        assert capabilities(model)["hands on a layer's output alone"] == said
+
+
+def test_a_layer_that_runs_twice_is_told():
+    class Twice(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None):
+            super().forward(input_ids, attention_mask)
+            return super().forward(input_ids, attention_mask)
+
+    sizes = dict(vocab_size=99, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.LlamaConfig(**sizes)
+    assert capabilities(Twice(config).eval())["runs each layer once"] == "no"
+    assert capabilities(transformers.LlamaForCausalLM(config).eval())["runs each layer once"] == "yes"
 
 
 def test_statistics_of_a_decoder_in_a_wrapper():
