@@ -1,6 +1,7 @@
 """What several test files use: the project's folders, a browser that looks at pages, and the order in which several
 processes take the tests."""
 
+import gc
 import json
 import os
 import re
@@ -112,6 +113,17 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST) + (not chapter)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish():
+    "The libraries are loaded: to search them for garbage again and again would take a seventh of the time."
+    settle()
+
+
+def settle() -> None:
+    "What is loaded stays; new objects are looked through less often."
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 class ByFile(LoadScopeScheduling):

@@ -25,9 +25,9 @@ from avss_nb.importance import (
     taylor,
 )
 from avss_nb.metrics import avss, collect_stats
-from avss_nb.models import blocks, load_model
+from avss_nb.models import blocks
 from avss_nb.surgery import PassThrough, skip_layers
-from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, swept, tiny, without
+from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, small_tokenizer, swept, tiny, without
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
 ENCODERS = ["bert", "distilbert", "t5"]
@@ -427,7 +427,7 @@ def test_a_registered_score_is_known_by_its_name(monkeypatch):
 
 
 def test_texts_are_made_into_batches():
-    tokenizer = load_model()[1]
+    tokenizer = small_tokenizer()
     model = tiny("llama", vocab_size=len(tokenizer))
     some = ["a lamp in the dark", "the keeper lit it"]
     made = as_batches(tokenizer, some)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from _run import chapters
+from matplotlib_inline.config import InlineBackend
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_cells
 
-from conftest import ROOT
+from conftest import ROOT, settle
 
 MINUTES = 40  # the longest that one chapter may take
 
@@ -23,7 +24,10 @@ FORKS.set_forkserver_preload(
 
 
 def run_chapter(chapter: Path, log: Path) -> None:
-    "Run a chapter in this process, as nbdev_test does; leave with 1 where a cell fails, and its words in the log."
+    """Run a chapter in this process, as nbdev_test does; leave with 1 where a cell fails, and its words in the log.
+    Figures are drawn once each: to cut their margins off, as for reading, they would be drawn twice."""
+    settle()
+    InlineBackend.instance(print_figure_kwargs=dict(bbox_inches=None))
     with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         passed, _ = run_cells(chapter, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
     sys.exit(not passed)

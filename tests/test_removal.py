@@ -11,10 +11,9 @@ from avss_nb.data import load_questions, load_sentences
 from avss_nb.models import atomic_write
 from avss_nb.runs import cached_table
 from avss_nb.evaluation import answer_questions
-from avss_nb.models import load_model
 from avss_nb.pruning import chance_level, measure_removal, paired_difference, retention_table
 from avss_nb.surgery import skip_layers
-from tiny import one_thread
+from tiny import one_thread, small_tokenizer
 
 TEXTS = ["Water boils at a hundred degrees.", "Ice floats, since it is lighter than the water that it was made of."]
 CHOICES = {"base_model": [], "one": [2], "same": (2,), "mlp": ["mlp.1"]}
@@ -22,8 +21,8 @@ CHOICES = {"base_model": [], "one": [2], "same": (2,), "mlp": ["mlp.1"]}
 
 @pytest.fixture(scope="module")
 def sets():
-    "Five random Llama blocks with the bundled tokenizer, two texts, questions and words."
-    tokenizer = load_model()[1]
+    "Five random Llama blocks with a small tokenizer, two texts, questions and words."
+    tokenizer = small_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(

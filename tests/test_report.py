@@ -22,7 +22,6 @@ from transformers import BartConfig, LlamaConfig, LlamaForCausalLM, MixtralConfi
 import avss_nb.command
 import avss_nb.report
 from avss_nb.data import load_questions
-from avss_nb.models import load_model
 from avss_nb.command import main
 from avss_nb.options import Settings
 from avss_nb.report import (
@@ -38,7 +37,7 @@ from avss_nb.report import (
     still_to_come,
     wrong_answers,
 )
-from tiny import tiny
+from tiny import small_tokenizer, tiny
 
 SMALL = [
     "--passages",
@@ -73,8 +72,8 @@ TABLES = [
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    "Eight random Llama blocks with the bundled tokenizer."
-    folder, tokenizer = tmp_path_factory.mktemp("model"), load_model()[1]
+    "Eight random Llama blocks with a small tokenizer."
+    folder, tokenizer = tmp_path_factory.mktemp("model"), small_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
@@ -236,7 +235,7 @@ def test_contrastive_training_is_compared_with_the_base_model(finished):
 def test_questions_that_do_not_fit_the_window():
     "Tables without rows, which `measure` can store."
     tokenizer, data = (
-        load_model()[1],
+        small_tokenizer(),
         dict(questions=load_questions("atlas", n=2), examples=load_questions("atlas", split="train", n=4)),
     )
     found = wrong_answers(tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=48), tokenizer, data, seed=0)

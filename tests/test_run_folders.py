@@ -27,7 +27,7 @@ from avss_nb.decoding import dola
 from avss_nb.healing import heal
 from avss_nb.labeling import BatchJudge, generate_answers, label_answers
 from avss_nb.metrics import LayerStats
-from avss_nb.models import atomic_write, load_model, model_key
+from avss_nb.models import atomic_write, model_key
 from avss_nb.options import Settings
 from avss_nb.pruning import measure_removal
 from avss_nb.report import study_key
@@ -39,7 +39,7 @@ from nursery import SMALL
 from test_bad_input import model_folder as short_window, tiny_gguf  # noqa: F401
 from test_contrastive import QUESTIONS, SHORT, Letters
 from test_endurance import Begun, at_hand, model_folder  # noqa: F401
-from tiny import tiny
+from tiny import small_tokenizer, tiny
 
 REFUSED = "holds a run with .*choose another folder"
 TEXTS = ["Water boils at a hundred degrees.", "Ice floats on water."]
@@ -48,7 +48,7 @@ ASKED = [dict(id=f"q{i}", question=f"What is {i}?", answers=["x"]) for i in rang
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_model(device="cpu")[1]
+    return small_tokenizer()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from accelerate.utils import send_to_device
 from conftest import ROOT
 from datasets import Dataset
 from hypothesis import given, settings, strategies as st
-from tiny import batch_of, one_thread, tiny
+from tiny import batch_of, one_thread, small_tokenizer, tiny
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -523,7 +523,7 @@ def test_quantised_models(bits, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
 def test_a_missing_quantiser_is_named(tmp_path):
-    tokenizer = load_model()[1]
+    tokenizer = small_tokenizer()
     for part in (tiny("llama", vocab_size=len(tokenizer)), tokenizer):
         part.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot load the model .*bitsandbytes"):

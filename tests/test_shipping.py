@@ -10,18 +10,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import avss_nb.report
 import avss_nb.shipping
 from avss_nb.command import main
-from avss_nb.models import blocks, load_model
+from avss_nb.models import blocks
 from avss_nb.surgery import skip_layers
 from avss_nb.shipping import prune_to_folder
-from tiny import one_thread
+from tiny import one_thread, small_tokenizer
 
 SMALL = dict(passages=4, questions=6, sentences=6, max_length=32)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "Eight random Llama blocks with the bundled tokenizer."
-    folder, tokenizer = tmp_path_factory.mktemp("model") / "random-llama", load_model()[1]
+    "Eight random Llama blocks with a small tokenizer."
+    folder, tokenizer = tmp_path_factory.mktemp("model") / "random-llama", small_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,

@@ -50,7 +50,7 @@ from avss_nb.sparsity import (
     top_k,
     uniform_plan,
 )
-from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, swept, tiny
+from tiny import FAMILIES, MORE_FAMILIES, batch_of, one_thread, small_tokenizer, swept, tiny
 
 ALL = [*FAMILIES, *MORE_FAMILIES]
 DECODERS = ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "phi3", "mixtral", "falcon", "bloom", "gemma3_text"]
@@ -398,8 +398,8 @@ def test_other_types_and_longer_inputs_take_the_dense_form(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    "A sparse model of five random blocks with the bundled tokenizer, and its folder."
-    tokenizer = load_model()[1]
+    "A sparse model of five random blocks with a small tokenizer, and its folder."
+    tokenizer = small_tokenizer()
     model = tiny("llama", vocab_size=len(tokenizer))
     sparse = make_sparse(model, 0.5, rule="threshold", stats=projection_stats(model, [batch_of(9, 4, 6)]))
     for part in (sparse, tokenizer):
@@ -554,7 +554,7 @@ def test_variants_zero_what_they_ask_for():
 
 
 def test_plans_are_measured_as_removals_are(tmp_path, monkeypatch):
-    tokenizer = load_model()[1]
+    tokenizer = small_tokenizer()
     model, texts, questions = (
         tiny("llama", vocab_size=len(tokenizer)),
         ["Water boils at a hundred degrees.", "Ice floats on water."],

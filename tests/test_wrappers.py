@@ -89,10 +89,18 @@ def plain():
     }
 
 
+def is_long(wrapper: str, family: str) -> bool:
+    "Whether a combination waits for the long run: of the compiled ones, two stand for all."
+    return wrapper == "compiled" or wrapper in COMPILED and family == "gpt2"
+
+
 @pytest.mark.parametrize(
     "wrapper, family",
-    [(wrapper, "llama") for wrapper in WRAPPERS]
-    + [pytest.param(wrapper, "gpt2", marks=pytest.mark.slow if wrapper in COMPILED else ()) for wrapper in WRAPPERS],
+    [
+        pytest.param(wrapper, family, marks=pytest.mark.slow if is_long(wrapper, family) else ())
+        for family in ("llama", "gpt2")
+        for wrapper in WRAPPERS
+    ],
 )
 def test_a_wrapped_model_measures_as_the_model_inside(wrapper, family, plain, tmp_path):
     model = wrap(wrapper, family, tmp_path)

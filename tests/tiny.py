@@ -1,13 +1,16 @@
 """Tiny random models of many families, and batches for them, with no downloads."""
 
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
+from avss_nb.data import load_questions, load_text
 from avss_nb.models import blocks
+from avss_nb.nursery import fact_tokenizer
 
 FAMILIES = dict(
     llama=dict(num_key_value_heads=2),
@@ -49,6 +52,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@cache
+def small_tokenizer():
+    "A tokenizer of a thousand pieces with an end token: logits over the bundled one's 49,152 take most of the time."
+    tokenizer = fact_tokenizer(load_questions("atlas", n=40), load_text("pydoc", n=20))
+    tokenizer.add_special_tokens(dict(eos_token="<|end|>"))
+    return tokenizer
 
 
 def tiny(family: str, **changes):
