@@ -1,5 +1,6 @@
 from .ablations import run_variants as run_variants
 from .certainty import score_certainty as score_certainty
+from .compensation import compensate as compensate
 from .contrastive import contrastive_tune as contrastive_tune
 from .data import (
     batches as batches,

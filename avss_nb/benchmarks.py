@@ -227,7 +227,7 @@ _SMALL = set("a an the of and or in on at by for to from with de la von van".spl
 
 def _is_plain(name: str) -> bool:
     "Whether a name is in Latin letters, without brackets, commas and the like."
-    latin = all("LATIN" in unicodedata.name(c, "") for c in name if c.isalpha())
+    latin = name.isascii() or all("LATIN" in unicodedata.name(c, "") for c in name if c.isalpha())
     return latin and not re.search(r'[(),;:/"|#]', name)
 
 

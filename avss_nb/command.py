@@ -122,7 +122,7 @@ def _prune(options: Namespace) -> int:
         return _plan(options, ("reading layers", "removing layers", "healing"), n_choices=2)
     from avss_nb.shipping import prune_to_folder
 
-    named = dict(out=options.out, score=options.score, scores=options.scores)
+    named = dict(out=options.out, score=options.score, scores=options.scores, repair=options.repair)
     out = prune_to_folder(**named, trust_remote_code=options.trust_remote_code, **_settings(options))
     print(f"The pruned model: {out}")
     return 0
@@ -233,7 +233,7 @@ def _add_score(commands):
     parser.add_argument("--out", help="a CSV file to write the table to as well")
     parser.set_defaults(run=_score)
 
-
+# %% ../nbs/53_command.ipynb #7c145a10
 def _add_prune(commands):
     parser = commands.add_parser(
         "prune",
@@ -244,6 +244,8 @@ def _add_prune(commands):
     parser.add_argument("--out", required=True, help="the new folder; it must not exist yet")
     parser.add_argument("--score", default="avss", help="of avss ls scores, or a column of --scores; default avss")
     parser.add_argument("--scores", help="a CSV file with the columns layer and that of --score, instead of measuring")
+    words = "take the neighbouring layers that a linear map replaces best, and fold the map into the weights"
+    parser.add_argument("--repair", action="store_true", help=words)
     parser.set_defaults(run=_prune)
 
 # %% ../nbs/53_command.ipynb #ff1221e3

@@ -504,7 +504,7 @@ def _others_differ(model: nn.Module, changed: Iterable[int], results: list) -> b
 # %% ../nbs/11_hooks.ipynb #4520e333
 def _hands_on_output_alone(model: nn.Module) -> bool:
     """Whether later layers read of each block nothing but what it returns: no keys or values, no state of its own.
-    Of any two layers one pass changes the earlier and watches the later: those whose numbers differ in a binary digit."""
+    Of any two layers one pass changes the earlier and watches the later: their numbers differ in a binary digit."""
     with _unseen(model):
         results = _results(model)
     layers = range(len(results))

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib import resources
+from importlib import import_module, resources
 from inspect import cleandoc
 from pathlib import Path
 from types import FunctionType
@@ -249,6 +249,13 @@ def resolve_model(
     return name
 
 # %% ../nbs/10_models.ipynb #8a69c9fe
+def _restore_maps(model: "transformers.PreTrainedModel", source: str) -> None:
+    "Put back what a compensated model has besides its architecture: chapter Compensation."
+    if getattr(model.config, "compensation", None):
+        folder = Path(transformers.utils.cached_file(source, "config.json")).parent
+        import_module("avss_nb.compensation").restore(model, folder)
+
+
 def _load_weights(
     source: str,  # a folder or hub id
     **options,  # of `from_pretrained`
@@ -260,9 +267,10 @@ def _load_weights(
     model, info = architecture.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"its file lacks {len(missing)} of the weights that its config asks for, {missing[0]} first")
+    _restore_maps(model, source)
     return model
 
-
+# %% ../nbs/10_models.ipynb #17d02359
 def _load_error(name: str, source: str, error: Exception) -> Exception:
     "One line that names the model, in place of an error of the libraries: what is not there, or cannot be loaded."
     if not isinstance(error, OSError) or Path(source).is_dir():

@@ -9,6 +9,7 @@ __all__ = ['ASKED', 'NURSERY', 'fact_texts', 'fact_tokenizer', 'FactRecipe', 'de
 # %% ../nbs/18_nursery.ipynb #ce217c71
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -197,7 +198,8 @@ def grown_model(
         with TemporaryDirectory(dir=place.parent, suffix=".part") as spare:
             for part in train_facts(questions, prose, recipe=recipe, progress=progress):
                 part.save_pretrained(Path(spare) / "model")
-            (Path(spare) / "model").rename(place)
+            with suppress(OSError):  # another process was quicker, with the same model
+                (Path(spare) / "model").rename(place)
     return load_model(str(place))
 
 # %% ../nbs/18_nursery.ipynb #73dbab98

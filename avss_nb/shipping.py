@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from .compensation import compensate, easiest_run, scan_runs
 from .data import batches
 from .hooks import model_inputs
 from .importance import layer_scores, score_names
 from .models import blocks, explain_arguments
 from .options import Settings
-from .pruning import chance_level, measure_removal, retention_table, select_layers
+from .pruning import chance_level, measure_items, measure_removal, n_removed, retention_table, select_layers
 from .report import healed_items, load_causal, study_data, study_key
 from .runs import RunDirectory, cached_table, key_of
 from .surgery import prune_layers
@@ -113,7 +115,7 @@ tags: [pruned, layer-removal, avss_nb]
 ---
 # {base} without {n_removed} of its {n_layers} layers
 
-Removed: layers {layers} (counted from 0), the lowest by `{score}`{source}.
+Removed: layers {layers} (counted from 0), {chosen}.
 Parameters: {after:,} of {before:,} ({part:.0%}). {trained}
 
 {table}
@@ -130,11 +132,13 @@ The licence is that of {base}. Made with avss_nb: `avss prune`.
 """
 
 # %% ../nbs/51_shipping.ipynb #657acf38
-def _source(recipe: dict, text: str) -> str:
-    "Where the scores are from."
+def _chosen(recipe: dict, text: str) -> str:
+    "By what the layers were chosen."
+    if recipe["repair"]:
+        return f"the neighbours that a linear map replaces best on {text}"
     if recipe["scores"]:
-        return " of a given table"
-    return f", measured on {recipe['passages']} passages of {text}"
+        return f"the lowest by `{recipe['score']}` of a given table"
+    return f"the lowest by `{recipe['score']}`, measured on {recipe['passages']} passages of {text}"
 
 
 def _trained(recipe: dict, text: str) -> str:
@@ -142,6 +146,8 @@ def _trained(recipe: dict, text: str) -> str:
     if recipe["heal_steps"]:
         steps = recipe["heal_steps"]
         return f"Then healed: {steps} steps of 512 tokens of {text}, distilled from the base model (LoRA, merged)."
+    if recipe["repair"]:
+        return f"The down-projection before them was fitted to what they added on {text}, by least squares."
     return "**Nothing was trained after the removal.**"
 
 
@@ -165,29 +171,31 @@ def _card(
         n_removed=len(layers),
         n_layers=n_layers,
         layers=", ".join(map(str, layers)),
-        source=_source(recipe, names["text"]),
+        chosen=_chosen(recipe, names["text"]),
         before=before,
         after=after,
         part=after / before,
         trained=_trained(recipe, names["text"]),
         table=_card_table(table, names),
-        **{name: recipe[name] for name in ("score", "passages", "questions", "sentences")},
+        **{name: recipe[name] for name in ("passages", "questions", "sentences")},
     )
 
 # %% ../nbs/51_shipping.ipynb #fa9a0c09
 class _Checked:
     "What a run asks for, checked before anything is measured."
 
-    def __init__(self, settings: Settings, out: Path, score: str, scores: str | Path | None):
+    def __init__(self, settings: Settings, out: Path, score: str, scores: str | Path | None, repair: bool):
         for name in ("tune_steps", "sparsity"):
             if getattr(settings, name):
                 raise ValueError(f"{name} belongs to a study: a pruned model is healed (heal_steps)")
+        if repair and (scores or settings.heal_steps):
+            raise ValueError("repair chooses the layers itself and trains nothing: leave scores and heal_steps out")
         if not scores:
             check_score(score)
         if out.exists():
             raise ValueError(f"{out} exists: choose another folder")
-        self.settings, self.out, self.score, self.scores = settings, out, score, scores
-        self.recipe = asdict(settings) | dict(score=score, scores=str(scores) if scores else None)
+        self.settings, self.out, self.score, self.scores, self.repair = settings, out, score, scores, repair
+        self.recipe = asdict(settings) | dict(score=score, scores=str(scores) if scores else None, repair=repair)
 
     def load(self, trust_remote_code: bool):
         "Data, model and the given scores."
@@ -225,8 +233,40 @@ class _Run(_Checked):
 
         return cached_table(self.work / "scores.csv", make)
 
+# %% ../nbs/51_shipping.ipynb #60dad225
+class _Chosen(_Run):
+    "… its layers chosen."
+
+    def texts_of_kinds(self) -> list[str]:
+        "What maps are fitted on: passages of the text to train on, and answered questions of the training part."
+        learn = self.data["learn"].select(range(min(200, len(self.data["learn"]))))
+        asked = [f"Question: {q}\nAnswer: {a[0]}" for q, a in zip(learn["question"], learn["answers"])]
+        return [*self.data["train"][:80], *asked]
+
+    def layers(self) -> list[int]:
+        "The layers that go: those of the lowest score, or the run that a map replaces best."
+        fraction = self.settings.fraction
+        if not self.repair:
+            return select_layers(self.layer_scores()[self.score], fraction=fraction)
+        n = n_removed(fraction, self.n_layers)
+        options: dict[str, Any] = dict(n=n, max_length=256, overflow="truncate", progress=True)
+        make = partial(scan_runs, self.base, self.tokenizer, self.texts_of_kinds(), **options)
+        return easiest_run(cached_table(self.work / "scan.csv", make, index="first"), n)
+
 # %% ../nbs/51_shipping.ipynb #ae63e9c8
-class _Pruning(_Run):
+class _Repaired(_Chosen):
+    "… the place of the removed layers filled."
+
+    def repaired(self, small: PreTrainedModel, layers: list[int]) -> tuple[PreTrainedModel, pd.DataFrame]:
+        "The pruned model with a map folded into its weights, and what it does with each item."
+        options: dict[str, Any] = dict(teacher=self.base, method="down_projection", max_length=256, overflow="truncate")
+        small = compensate(small, self.tokenizer, self.texts_of_kinds(), progress=True, **options)
+        items = measure_items(small, self.tokenizer, *self.tests, max_length=self.settings.max_length)
+        items = items.assign(removes=" ".join(map(str, layers)))
+        return small, pd.concat(dict(repaired=items), names=["choice"])
+
+# %% ../nbs/51_shipping.ipynb #5956dbab
+class _Pruning(_Repaired):
     "… and pruned."
 
     def pruned(self, layers: list[int]) -> tuple[PreTrainedModel, pd.DataFrame]:
@@ -236,6 +276,9 @@ class _Pruning(_Run):
         options: dict[str, Any] = dict(out=self.work / "items", max_length=settings.max_length, progress=True)
         items = measure_removal(self.base, self.tokenizer, choices, *self.tests, **options)
         small = prune_layers(self.base, layers)
+        if self.repair:
+            small, repaired = self.repaired(small, layers)
+            items = pd.concat([items, repaired])
         if settings.heal_steps:
             parts = self.base, self.tokenizer, self.data, layers
             small, healed = healed_items(*parts, settings=settings, out=self.work)
@@ -251,7 +294,8 @@ class _Saving(_Pruning):
         folder = self.work / "model"
         _save(small, self.tokenizer, folder)
         _check_saved(small, folder, next(iter(self.batches(1))))
-        self.layer_scores().to_csv(folder / "layer_scores.csv")
+        if not self.repair:
+            self.layer_scores().to_csv(folder / "layer_scores.csv")
         table.to_csv(folder / "retention.csv")
         parameters = self.base.num_parameters(), small.num_parameters()
         card = _card(self.recipe, layers, parameters, self.n_layers, table, self.data["names"])
@@ -265,16 +309,17 @@ def prune_to_folder(
     out: str | Path = "pruned",  # must not exist yet
     score: str = "avss",  # of `layer_scores`, or a column of `scores`
     scores: str | Path | None = None,  # a CSV file with one row per layer, instead of measuring
+    repair: bool = False,  # take the run that a linear map replaces best, and fold the map into the weights
     size: str = "full",  # of `avss_nb.options.SIZES`
     trust_remote_code: bool = False,
     **settings,  # further `Settings`: fraction, heal_steps, passages, data, dtype, seed …
 ) -> Path:
     """Score, remove, measure, save: a folder that transformers loads, with a card. A killed run resumes when called
     again. ValueError, OSError or FloatingPointError before anything of that name is there."""
-    run = _Saving(Settings(model=str(model), size=size, **settings), Path(out), score, scores)
+    run = _Saving(Settings(model=str(model), size=size, **settings), Path(out), score, scores, repair)
     run.load(trust_remote_code)
     run.open()
-    layers = select_layers(run.layer_scores()[score], fraction=run.settings.fraction)
+    layers = run.layers()
     small, table = run.pruned(layers)
     run.save(small, layers, table)
     shutil.rmtree(run.work)

@@ -91,6 +91,8 @@ def up_to_tables(cells: list) -> list:
     measuring = [
         number for number, cell in enumerate(cells, 1) if "AVSS_NB_FULL" in cell.source and cell.cell_type == "code"
     ]
+    if not measuring:
+        raise ValueError("a chapter that is no study takes no other model: leave AVSS_NB_MODEL out")
     return cells[: measuring[0]]
 
 
@@ -103,7 +105,10 @@ def run_notebook(path: Path) -> tuple[str, list[str]]:
         if cell.cell_type == "code":
             cell.outputs = []
     if other_model():
-        nb.cells = up_to_tables(nb.cells)
+        try:
+            nb.cells = up_to_tables(nb.cells)
+        except ValueError as error:
+            return "", [str(error)]
     shell = CaptureShell(path, mpl_format="png")
     sys.path.insert(0, str(config.config_path))
     try:

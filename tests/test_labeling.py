@@ -848,7 +848,7 @@ def test_a_missing_column_is_named(missing):
 def test_options_of_sciq():
     """Each right option said alone is right by every rule; a distractor said alone is wrong by all but a few
     containments and overlaps."""
-    rows = load_questions("sciq")
+    rows = load_questions("sciq", n=400)
 
     def say(options):
         return [dict(r, answer=o) for r in rows for o in options(r)]
@@ -858,7 +858,7 @@ def test_options_of_sciq():
         assert set(label_answers(right, rule=rule)[rule]) == {"right"}
     called = {rule: label_answers(wrong, rule=rule)[rule][:].count("right") for rule in LABEL_RULES}
     assert (
-        called["exact"] == called["choice"] == 0 and called["alias"] < 30 and called["f1"] > 500
+        called["exact"] == called["choice"] == 0 and called["alias"] < 15 and called["f1"] > 200
     )  # one word of two in common is F1 .5
 
 

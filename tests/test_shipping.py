@@ -223,3 +223,23 @@ def test_too_little_text_to_heal_on_is_told_at_once(folder, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="training text is too short"):
         prune_to_folder(folder, out=tmp_path / "smaller", heal_steps=3, **SMALL)
     assert files(tmp_path) == []
+
+
+def test_a_repaired_model_is_loaded_by_the_library_alone(folder, tmp_path, capsys):
+    "A quarter of the blocks in a row, and a down-projection that is not the base model's."
+    out = tmp_path / "repaired"
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    assert main(["prune", str(folder), "--out", str(out), "--repair", *options]) == 0
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "the neighbours that a linear map replaces best on" in card and "by least squares" in card
+    small, base = (LlamaForCausalLM.from_pretrained(part) for part in (out, folder))
+    note = small.config.compensation["runs"][0]
+    first, last = note["removed"]
+    assert (last - first, len(blocks(small)), note["before"]) == (1, 6, first)
+    down = [blocks(m)[first - 1].mlp.down_proj.weight for m in (small, base)]
+    assert not torch.equal(*down) and 0 < note["left"] < 1
+    table = pd.read_csv(out / "retention.csv", index_col="method")
+    assert table.index.tolist() == ["base_model", "pruned", "repaired"]
+    assert "leave scores and heal_steps out" in failed(
+        capsys, folder, "--out", tmp_path / "two", "--repair", "--heal-steps=2"
+    )
