@@ -29,7 +29,7 @@ study: $(READY)  ## study the layers of the bundled model, report in results/smo
 
 PYTEST := $(BIN)/python -m pytest --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
-test: $(READY)  ## run every test, and every chapter from its stored tables (twelve minutes)
+test: $(READY)  ## run every test, and every chapter from its stored tables (eleven minutes)
 	$(PYTEST) -n auto -m "not slow"
 
 test-all: $(READY)  ## measure every table of the chapters anew, and run the long sweeps (an hour)

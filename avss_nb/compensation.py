@@ -134,8 +134,8 @@ class Rows:
 
     x: torch.Tensor  # the stream that the smaller model has there
     y: torch.Tensor  # the stream that the base model has after the run
-    mlp: torch.Tensor | None = None  # what the MLP before the run gives
-    mlp_hidden: torch.Tensor | None = None  # what its down-projection reads, (N, its width)
+    mlp: torch.Tensor  # what the MLP before the run gives; empty where that is not read
+    mlp_hidden: torch.Tensor  # what its down-projection reads, (N, its width); likewise
     scale: torch.Tensor | float = 1.0  # (N, 1): 1 / RMS(y), or 1: by what both sides of a fit are multiplied
 
     def fit(self, x: torch.Tensor, y: torch.Tensor) -> LeastSquares:
@@ -160,7 +160,8 @@ def _rows(model: nn.Module, teacher: nn.Module, run: Run, batch: dict, points: I
         found = _read(model, batch, wanted) | _read(teacher, batch, [end])
     y = found[end]
     scale = _per_token(y) if relative else 1.0
-    return Rows(found[stream], y, *(found.get((before, point)) for point in ("mlp", "mlp_hidden")), scale)
+    mlp, hidden = (found.get((before, point), y[:0]) for point in ("mlp", "mlp_hidden"))
+    return Rows(found[stream], y, mlp, hidden, scale)
 
 # %% ../nbs/26_compensation.ipynb #f6449eb9
 class BoundaryMap(nn.Module):
@@ -356,7 +357,7 @@ def _set(down: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -> No
 class _Folded:
     "A map that becomes part of the down-projection before the run: no parameter more, and any library loads it."
 
-    points = ("mlp", "mlp_hidden")
+    points: tuple[str, ...] = ("mlp", "mlp_hidden")
 
     def __init__(self, rank: int | None = None):
         if rank is not None:
@@ -444,7 +445,7 @@ def run_sums(
     sums: list = [None, None]
     for number, batch in enumerate(tqdm(made, desc=f"layers {run.first} to {run.last}", disable=not progress)):
         rows = _rows(model, teacher, run, batch, how.points, relative)
-        if how.points and number == 0:
+        if isinstance(how, _Folded) and number == 0:
             _check_folds(how.down(model, run), rows)
         part, of = how.sums(rows), int(number % HELD_OUT == HELD_OUT - 1)
         sums[of] = part if sums[of] is None else sums[of] + part
@@ -538,7 +539,7 @@ def restore(
 ) -> None:
     "Put the maps of a compensated model back, in place; ValueError where its files lack one."
     note = model.config.compensation
-    if METHODS.find(note["method"]).points:
+    if METHODS.find(note["method"])(None).points:
         return  # folded into the weights
     for run in note["runs"]:
         parts = _stored_map(Path(folder), run["before"])

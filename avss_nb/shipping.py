@@ -261,7 +261,9 @@ class _Repaired(_Chosen):
         "The pruned model with a map folded into its weights, and what it does with each item."
         options: dict[str, Any] = dict(teacher=self.base, method="down_projection", max_length=256, overflow="truncate")
         small = compensate(small, self.tokenizer, self.texts_of_kinds(), progress=True, **options)
-        items = measure_items(small, self.tokenizer, *self.tests, max_length=self.settings.max_length)
+        texts, questions, sentences = self.tests
+        length = self.settings.max_length
+        items = measure_items(small, self.tokenizer, texts, questions, sentences, max_length=length)
         items = items.assign(removes=" ".join(map(str, layers)))
         return small, pd.concat(dict(repaired=items), names=["choice"])
 
