@@ -11,6 +11,7 @@ __all__ = ['METHODS', 'RIDGES', 'HELD_OUT', 'LeastSquares', 'Run', 'removed_runs
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -183,12 +184,21 @@ class BoundaryMap(nn.Module):
         return (x.float() + change + self.bias.float()).to(x.dtype)
 
 # %% ../nbs/26_compensation.ipynb #33e7e992
-def _through_map(block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    "A forward pre-hook: the block's map first."
-    x = block_input(args, kwargs)
-    mapped = block.compensation(x)
-    swapped = tuple(mapped if value is x else value for value in args)
-    return swapped, {name: mapped if value is x else value for name, value in kwargs.items()}
+@cache
+def _with_map(kind: type[nn.Module]) -> type[nn.Module]:
+    "The class of a block whose forward begins with its map: what comes in from outside is the stream before the map."
+
+    class Mapped(kind):
+        @wraps(kind.forward)
+        def forward(self, *args, **kwargs):
+            x = block_input(args, kwargs)
+            mapped = self.compensation(x)
+            swapped = [mapped if value is x else value for value in args]
+            named = {name: mapped if value is x else value for name, value in kwargs.items()}
+            return super().forward(*swapped, **named)
+
+    Mapped.__name__, Mapped.__qualname__ = kind.__name__, kind.__qualname__
+    return Mapped
 
 
 def _attach_map(model: nn.Module, layer: int, down: torch.Tensor, up: torch.Tensor | None, bias: torch.Tensor) -> None:
@@ -196,7 +206,7 @@ def _attach_map(model: nn.Module, layer: int, down: torch.Tensor, up: torch.Tens
     block = blocks(model)[layer]
     weight = next(block.parameters())
     block.compensation = BoundaryMap(down, up, bias).to(weight.device)
-    block.register_forward_pre_hook(_through_map, with_kwargs=True)
+    block.__class__ = _with_map(type(block))  # type: ignore[arg-type]
 
 # %% ../nbs/26_compensation.ipynb #a6258dfd
 class Method(Protocol):

@@ -18,8 +18,11 @@ from avss_nb.compensation import (
     run_sums,
     scan_runs,
 )
+from avss_nb.evaluation import perplexity
+from avss_nb.hooks import capabilities
+from avss_nb.importance import leave_one_out
 from avss_nb.models import blocks, load_model
-from avss_nb.surgery import prune_layers
+from avss_nb.surgery import prune_layers, skip_layers
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, batch_of, one_thread, small_tokenizer, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
@@ -243,3 +246,19 @@ def test_texts_and_the_short_way_in(tmp_path, capsys):
         assert torch.equal(again(ids).logits, repaired(ids).logits)
     with pytest.raises(ValueError, match="does not exist|cannot|would not bring back"):
         prune_layers(again, [1])
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_leave_one_out_of_a_compensated_model_is_skipping(family):
+    "A block that is skipped takes its map with it, whether states are reused or not."
+    model = tiny(family)
+    repaired = compensate(prune_layers(model, [2]), made(), teacher=model)
+    texts = made(12)[10:]
+    wanted = []
+    for layer in range(4):
+        with skip_layers(repaired, [layer]):
+            wanted.append(np.log(perplexity(repaired, texts)) - np.log(perplexity(model, texts)))
+    with skip_layers(repaired, []):
+        base = np.log(perplexity(repaired, texts)) - np.log(perplexity(model, texts))
+    np.testing.assert_allclose(leave_one_out(repaired, texts), np.array(wanted) - base, atol=1e-5)
+    assert capabilities(repaired)["adds up its sublayers"] == "no"
