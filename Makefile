@@ -10,7 +10,7 @@ study test test-all run studies profile: export MALLOC_MMAP_THRESHOLD_ := 429496
 study test test-all run studies profile: export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 # Compiled once, not in each of the many processes that the tests start.
-test test-all: unexport PYTHONDONTWRITEBYTECODE
+test test-all: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help study test test-all models tables lab docs bench profile studies run export readme clean
 
