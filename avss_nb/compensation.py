@@ -205,6 +205,8 @@ def _attach_map(model: nn.Module, layer: int, down: torch.Tensor, up: torch.Tens
     "Put a map before a block; it is saved with the block's weights."
     block = blocks(model)[layer]
     weight = next(block.parameters())
+    if weight.is_meta or "forward" in vars(block):  # accelerate's own forward would pass the map by
+        raise ValueError(f"layer {layer} is moved by accelerate, and no map can stand before it: leave device_map out")
     block.compensation = BoundaryMap(down, up, bias).to(weight.device)
     block.__class__ = _with_map(type(block))  # type: ignore[arg-type]
 
@@ -232,8 +234,8 @@ class Method(Protocol):
 METHODS: Registry[Callable[[int | None], Method]] = Registry("method")  # made with a rank, or None
 
 
-class _OfStream:
-    "A map of the stream in front of the block that follows."
+class _Linear:
+    "A linear repair without a rank."
 
     points: tuple[str, ...] = ()
 
@@ -243,7 +245,7 @@ class _OfStream:
 
 # %% ../nbs/26_compensation.ipynb #f1d7f791
 @METHODS.register("scale")
-class Scale(_OfStream):
+class Scale(_Linear):
     "One number by which the stream is multiplied."
 
     def sums(
@@ -265,6 +267,11 @@ class Scale(_OfStream):
         _attach_map(model, run.after, torch.eye(width) * weight.item(), None, torch.zeros(width))
 
 # %% ../nbs/26_compensation.ipynb #defa6929
+def _and_one(x: torch.Tensor) -> torch.Tensor:
+    "(N, width + 1): the stream and a column of ones."
+    return torch.cat([x, torch.ones_like(x[:, :1])], 1)
+
+
 def _of_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     "The nearest matrix of a rank, as two factors: (p, rank) and (rank, q)."
     left, size, right = torch.linalg.svd(matrix)
@@ -272,7 +279,7 @@ def _of_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 # %% ../nbs/26_compensation.ipynb #4065c9c8
 @METHODS.register("affine")
-class Affine(_OfStream):
+class Affine(_Linear):
     "A matrix and a constant (Ghosted Layers, arXiv 2605.15491); with a rank, the matrix cut by its SVD."
 
     def __init__(self, rank: int | None = None):
@@ -283,7 +290,7 @@ class Affine(_OfStream):
         rows: Rows,  # some tokens
     ) -> LeastSquares:  # that add up
         "The stream and a column of ones, and what the run added."
-        return rows.fit(torch.cat([rows.x, torch.ones_like(rows.x[:, :1])], 1), rows.y - rows.x)
+        return rows.fit(_and_one(rows.x), rows.y - rows.x)
 
     def place(
         self,
@@ -327,7 +334,7 @@ class Magnitudes:
 
 # %% ../nbs/26_compensation.ipynb #28bc3997
 @METHODS.register("linear_patch")
-class LinearPatch(_OfStream):
+class LinearPatch(_Linear):
     """H·D·Hᵀ with a rotation H and the ratio D of mean magnitudes of rotated channels (LinearPatch, arXiv 2505.24680);
     H for a width that is no power of two is our reading."""
 
@@ -364,14 +371,10 @@ def _set(down: nn.Module, matrix: torch.Tensor, bias: torch.Tensor | None) -> No
             down.bias.copy_(bias)
 
 # %% ../nbs/26_compensation.ipynb #7c3da869
-class _Folded:
+class _Folded(_Linear):
     "A map that becomes part of the down-projection before the run: no parameter more, and any library loads it."
 
     points: tuple[str, ...] = ("mlp", "mlp_hidden")
-
-    def __init__(self, rank: int | None = None):
-        if rank is not None:
-            raise ValueError("only the affine map has a rank")
 
     def down(self, model: nn.Module, run: Run) -> nn.Module:
         "The down-projection before a run; ValueError for a run from the first block on."
@@ -571,7 +574,7 @@ def _scan_batch(model: nn.Module, batch: dict, n: int) -> list[tuple[LeastSquare
     first, found = (counted.cumsum(1) == 1)[counted], []
     for x, y in zip(streams, streams[n:]):
         scale = _per_token(y)
-        features, added = torch.cat([x, torch.ones_like(x[:, :1])], 1) * scale, (y - x) * scale
+        features, added = _and_one(x) * scale, (y - x) * scale
         found.append((LeastSquares.of(features, added), LeastSquares.of(features[first], added[first])))
     return found
 

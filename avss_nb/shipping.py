@@ -150,6 +150,13 @@ def _trained(recipe: dict, text: str) -> str:
         return f"The down-projection before them was fitted to what they added on {text}, by least squares."
     return "**Nothing was trained after the removal.**"
 
+# %% ../nbs/51_shipping.ipynb #cd9c6006
+def _calibrated_on(recipe: dict, names: dict[str, str]) -> str:
+    "The data by which layers were chosen and weights fitted."
+    if recipe["repair"]:
+        return f"{names['text']} and answered questions of {names['questions']}"
+    return names["text"]
+
 
 def _base_name(model: str) -> str:
     "The name of the base model, without the path of its folder."
@@ -166,16 +173,17 @@ def _card(
 ) -> str:
     "The README.md of a pruned model."
     before, after = parameters
+    text = _calibrated_on(recipe, names)
     return _CARD.format(
         base=_base_name(str(recipe["model"])),
         n_removed=len(layers),
         n_layers=n_layers,
         layers=", ".join(map(str, layers)),
-        chosen=_chosen(recipe, names["text"]),
+        chosen=_chosen(recipe, text),
         before=before,
         after=after,
         part=after / before,
-        trained=_trained(recipe, names["text"]),
+        trained=_trained(recipe, text),
         table=_card_table(table, names),
         **{name: recipe[name] for name in ("passages", "questions", "sentences")},
     )

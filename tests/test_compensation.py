@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,7 @@ from avss_nb.compensation import (
     compensate,
     easiest_run,
     removed_runs,
+    restore,
     run_sums,
     scan_runs,
 )
@@ -262,3 +264,15 @@ def test_leave_one_out_of_a_compensated_model_is_skipping(family):
         base = np.log(perplexity(repaired, texts)) - np.log(perplexity(model, texts))
     np.testing.assert_allclose(leave_one_out(repaired, texts), np.array(wanted) - base, atol=1e-5)
     assert capabilities(repaired)["adds up its sublayers"] == "no"
+
+
+def test_a_map_that_accelerate_would_pass_by_is_refused(tmp_path):
+    "Its hooks put a forward of their own into each block; offloaded after the map is there, it is run."
+    model = tiny("llama")
+    repaired = compensate(prune_layers(model, [2]), made(), teacher=model)
+    wanted = logits(repaired, made(1)[0])
+    repaired.save_pretrained(tmp_path)
+    stock = cpu_offload(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), execution_device="cpu")
+    with pytest.raises(ValueError, match="layer 2 is moved by accelerate, .* leave device_map out"):
+        restore(stock, tmp_path)
+    torch.testing.assert_close(logits(cpu_offload(repaired, execution_device="cpu"), made(1)[0]), wanted)
