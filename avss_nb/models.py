@@ -550,12 +550,13 @@ def shared_copy(
     return deepcopy(model, {id(t): _copied(t, own) for t in (*model.parameters(), *model.buffers())})
 
 # %% ../nbs/10_models.ipynb #c16136ce
-def _comments(source: str) -> dict[int, str]:
-    "The comment of each line that has one behind its code."
-    found = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+def _comments(lines: list[str], function: ast.FunctionDef) -> dict[int, str]:
+    "The comment of each line of a signature that has one behind its code; only this part of a module is looked at."
+    first, end, found = function.lineno - 1, function.body[0].lineno - 1, {}
+    signature = io.StringIO("\n".join(lines[first:end]) + "\n")
+    for token in tokenize.generate_tokens(signature.readline):
         if token.type == tokenize.COMMENT and token.line.split("#")[0].strip():
-            found[token.start[0]] = token.string.lstrip("# ")
+            found[first + token.start[0]] = token.string.lstrip("# ")
     return found
 
 
@@ -590,10 +591,11 @@ def explain_arguments(
     if not (file := namespace.get("__file__")):
         return  # a notebook shows its source
     source = Path(file).read_text(encoding="utf-8")
-    comments = _comments(source)
+    source_lines = source.split("\n")
     for node, function in _functions(ast.parse(source), namespace):
-        lines = _argument_lines(node, comments)
-        if lines and isinstance(function, FunctionType) and function.__doc__:
+        if not isinstance(function, FunctionType) or not function.__doc__:
+            continue
+        if lines := _argument_lines(node, _comments(source_lines, node)):
             function.__doc__ = "\n".join([cleandoc(function.__doc__), "", "Args:", *lines])
 
 # %% ../nbs/10_models.ipynb #e68e2d76

@@ -21,7 +21,6 @@ from pathlib import Path
 import nbformat
 from execnb.nbio import nb2str
 from latex2mathml.converter import convert as mathml
-from nbconvert import MarkdownExporter
 from nbdev.config import get_config
 from nbdev.process import NBProcessor
 from nbdev.quarto import nbdev_docs
@@ -73,6 +72,8 @@ def from_root(match: re.Match) -> str:
 
 def readme(notebook: Path = NBS / "index.ipynb") -> tuple[str, dict[str, bytes]]:
     "README.md as the notebook gives it, and its figures by their path from the root."
+    from nbconvert import MarkdownExporter  # seconds: only here
+
     nb = NBProcessor(notebook).nb
     alts = {
         f"index-{c.id}": directive(c, "fig-alt") or directive(c, "fig-cap") for c in nb.cells if c.cell_type == "code"

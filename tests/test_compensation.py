@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import avss_nb
@@ -31,6 +30,12 @@ CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilber
 NORM_BEHIND = ["gemma3_text", "gemma2", "olmo2"]  # between the down-projection and the stream
 NO_MLP = ["mamba", "mixtral", "qwen3_moe"]
 FOLDED = ["replace_me", "down_projection"]
+
+
+def with_adapter(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules="all-linear"))
 
 
 def made(n: int = 10, side: str = "right") -> list[dict]:
@@ -203,7 +208,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="is none of the teacher's"):
         compensate(compensate(small, made(), teacher=model), made(), teacher=model)
     with pytest.raises(ValueError, match="without adapters"):
-        compensate(get_peft_model(small, LoraConfig(target_modules="all-linear")), made(), teacher=model)
+        compensate(with_adapter(small), made(), teacher=model)
 
 
 def test_the_first_block_can_go():

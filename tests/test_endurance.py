@@ -43,8 +43,6 @@ LONG = dict(
     variants=dict(changes=20, kills=12),
     tune=dict(changes=20, kills=10),
 )
-# A study that is left alone, for the tests of damaged files; answers that are killed until they end by themselves.
-QUICK = dict(study=LONG["study"] | dict(kills=0), answers=LONG["answers"] | dict(kills=1))
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +56,14 @@ def model_folder(short_window, tmp_path_factory) -> Path:
     return folder
 
 
-def nursed(plan: dict, model_folder: Path, place: Path) -> tuple[Path, dict]:
-    "Where the killed runs of a plan ended, and how often each was killed."
-    command = [sys.executable, Path(__file__).with_name("nursery.py"), place, model_folder, "0", json.dumps(plan)]
+@pytest.fixture(scope="module")
+def killed(model_folder, tmp_path_factory) -> tuple[Path, dict]:
+    "Where runs that were killed again and again ended, and how often each was killed."
+    place = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, Path(__file__).with_name("nursery.py"), place, model_folder, "0", json.dumps(LONG)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return place, json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def killed(model_folder, tmp_path_factory) -> tuple[Path, dict]:
-    return nursed(QUICK, model_folder, tmp_path_factory.mktemp("killed"))
-
-
-@pytest.fixture(scope="module")
-def killed_often(model_folder, tmp_path_factory) -> tuple[Path, dict]:
-    return nursed(LONG, model_folder, tmp_path_factory.mktemp("killed_often"))
 
 
 def kills(runs: dict) -> dict[str, int]:
@@ -81,13 +71,9 @@ def kills(runs: dict) -> dict[str, int]:
     return {name: sum(sum(run.values()) for run in found) for name, found in runs.items()}
 
 
-def test_every_run_is_killed(killed):
-    assert all(kills(killed[1])[name] >= QUICK[name]["kills"] for name in QUICK), killed[1]
-
-
 @slow
-def test_at_least_fifty_kills(killed_often):
-    runs = killed_often[1]
+def test_at_least_fifty_kills(killed):
+    runs = killed[1]
     counts = kills(runs)
     assert sum(counts.values()) >= 50 and all(counts[name] >= LONG[name]["kills"] for name in LONG), counts
     for kind in ("changes", "torn", "time"):
@@ -107,14 +93,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: of(folder / name) for name in files(folder) if (folder / name).is_file()}
 
 
-PLANS = [("killed", "answers")]
-PLANS += [pytest.param("killed_often", name, marks=slow) for name in ("study", "prune", "answers", "variants")]
-
-
-@pytest.mark.parametrize("plan, name", PLANS)
-def test_a_killed_run_ends_with_the_same_files(request, plan, name):
+@slow
+@pytest.mark.parametrize("name", ["study", "prune", "answers", "variants"])
+def test_a_killed_run_ends_with_the_same_files(killed, name):
     "To the last bit, and with nothing besides."
-    place, runs = request.getfixturevalue(plan)
+    place, runs = killed
     wanted = contents(place / f"{name}-whole")
     assert len(wanted) > 3
     for i in range(len(runs[name])):
@@ -123,8 +106,8 @@ def test_a_killed_run_ends_with_the_same_files(request, plan, name):
 
 
 @slow
-def test_killed_trainings_end_with_the_same_weights(killed_often):
-    files_ = sorted(killed_often[0].glob("tune-*.weights"), reverse=True)
+def test_killed_trainings_end_with_the_same_weights(killed):
+    files_ = sorted(killed[0].glob("tune-*.weights"), reverse=True)
     wanted, *others = (torch.load(file, weights_only=True) for file in files_)
     assert others and all(torch.equal(weights[name], wanted[name]) for weights in others for name in wanted)
 
@@ -179,33 +162,47 @@ def at_hand(model_folder):
     return wanted, study_data(wanted), load_model(model_folder, device="cpu")
 
 
-@pytest.fixture
-def quick(at_hand, monkeypatch):
-    "A study whose data and model are at hand."
-    wanted, data, parts = at_hand
+def put_at_hand(monkeypatch, data, parts):
+    "From here on a study reads no data and loads no model of its own."
     monkeypatch.setattr(avss_nb.report, "study_data", lambda settings: data)
     monkeypatch.setattr(avss_nb.report, "load_model", lambda *args, **options: parts)
+
+
+@pytest.fixture
+def quick(at_hand, monkeypatch):
+    "The settings of a study whose data and model are at hand."
+    wanted, *held = at_hand
+    put_at_hand(monkeypatch, *held)
     return wanted
+
+
+@pytest.fixture(scope="module")
+def whole(at_hand, tmp_path_factory) -> Path:
+    "The folder of a study that was left alone."
+    wanted, *held = at_hand
+    out = tmp_path_factory.mktemp("whole") / "study"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        put_at_hand(monkeypatch, *held)
+        measure(wanted, out)
+    return out
 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", ["profile.csv", "losses/batch-0.csv", "scores.csv", "certainty.csv"])
-def test_a_damaged_table_of_a_study(killed, quick, tmp_path, name, how):
+def test_a_damaged_table_of_a_study(whole, quick, tmp_path, name, how):
     out = tmp_path / "out"
-    shutil.copytree(killed[0] / "study-whole", out)
+    shutil.copytree(whole, out)
     spoil(out / name, how)
-    assert refused_or_same(lambda folder: measure(quick, folder), out, contents(killed[0] / "study-whole"), name)
+    assert refused_or_same(lambda folder: measure(quick, folder), out, contents(whole), name)
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_damaged_statistics_of_a_study(killed, quick, tmp_path, how):
+def test_damaged_statistics_of_a_study(whole, quick, tmp_path, how):
     out = tmp_path / "out"
-    shutil.copytree(killed[0] / "study-whole", out)
+    shutil.copytree(whole, out)
     spoil(out / "stats.safetensors", how)
     (out / "profile.csv").unlink()
-    assert refused_or_same(
-        lambda folder: measure(quick, folder), out, contents(killed[0] / "study-whole"), "stats.safetensors"
-    )
+    assert refused_or_same(lambda folder: measure(quick, folder), out, contents(whole), "stats.safetensors")
 
 
 def answered(out: Path, n: int = 8, **options):
@@ -297,8 +294,8 @@ def test_a_table_that_was_cut_anywhere(tmp_path, table, index):
     assert not is_damaged(file, index)
 
 
-def test_tables_of_a_study_cut_at_every_line_end(killed, tmp_path):
-    tables = sorted((killed[0] / "study-whole").rglob("*.csv"))
+def test_tables_of_a_study_cut_at_every_line_end(whole, tmp_path):
+    tables = sorted(whole.rglob("*.csv"))
     assert len(tables) > 12
     for n, table in enumerate(tables):
         lines, file = table.read_bytes().splitlines(keepends=True), tmp_path / f"{n}.csv"
@@ -362,8 +359,8 @@ def test_other_settings_are_not_mixed_in(tmp_path, work, change):
     assert contents(tmp_path / "out") == before
 
 
-def test_other_settings_of_a_study(killed, quick, tmp_path):
-    shutil.copytree(killed[0] / "study-whole", tmp_path / "out")
+def test_other_settings_of_a_study(whole, quick, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
     before = contents(tmp_path / "out")
     with pytest.raises(ValueError, match="holds a run with .*passages=4.*choose another folder"):
         run_study(quick.model, out=tmp_path / "out", **SMALL | dict(passages=5))

@@ -9,7 +9,6 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from avss_nb.evaluation import check_causal, is_causal, option_logprobs, perplexity
@@ -30,6 +29,8 @@ SUBLAYERS = ["attention.1", "mlp.1", "attention.3", "mlp.3"]
 
 def with_lora(model):
     "Untrained adapters: B is zero, so they add nothing."
+    from peft import LoraConfig, get_peft_model
+
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
 
 
@@ -181,6 +182,8 @@ def test_healing_leaves_what_was_frozen_frozen(frozen, tmp_path):
 
 
 def test_a_learned_prompt_is_refused():
+    from peft import PromptTuningConfig, get_peft_model
+
     model = get_peft_model(tiny("gpt2"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="PromptTuningConfig.*outside of the layers"):
         perplexity(model, BATCHES)
