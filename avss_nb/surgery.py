@@ -389,6 +389,11 @@ def _shorten_plan(config, kept: list[int]) -> None:
 # %% ../nbs/21_surgery.ipynb #1af46dfd
 def _differs(small: nn.Module, what: str) -> ValueError:
     "The error of a model whose config does not describe it."
+    if hasattr(small.config, "quantization_config"):
+        return ValueError(
+            f"the weights of this {type(small).__name__} are quantised: load it unquantised, remove the layers, save it, "
+            "and quantise what was saved"
+        )
     return ValueError(f"{type(small).__name__} cannot lose these layers: its config would not bring back {what}")
 
 

@@ -32,7 +32,7 @@ from avss_nb.hooks import input_device
 from avss_nb.importance import angular_distance, layer_scores, leave_one_out, removal_losses
 from avss_nb.metrics import REDUCTIONS, collect_stats
 from avss_nb.models import blocks, load_model
-from avss_nb.surgery import skip_layers
+from avss_nb.surgery import prune_layers, skip_layers
 from avss_nb.cost import meta_model, memory_plan
 from avss_nb.scale import (
     _gather_bytes,
@@ -519,6 +519,8 @@ def test_quantised_models(bits, tmp_path):
     for score in ("magnitude", "taylor"):
         with pytest.raises(ValueError, match=f"{score} reads the weights, and this model's are quantised"):
             layer_scores(other, batches, methods=[score])
+    with pytest.raises(ValueError, match="are quantised: load it unquantised, remove the layers"):
+        prune_layers(other, [1])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
