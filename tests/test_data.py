@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 import avss_nb.data
-from avss_nb.benchmarks import count_questions, usual_name
+from avss_nb.benchmarks import options_alone, count_questions, usual_name
 from avss_nb.data import (
     QUESTION,
     QUESTIONS,
@@ -297,6 +297,23 @@ def written(column: str, value: float) -> str:
     if np.isnan(value):
         return "–"
     return f"{value:.1f}" if column in ("answers", "words_right", "words_wrong") else f"{int(value):,}"
+
+
+@files
+def test_accuracies_by_form_alone_are_those_that_are_stored():
+    "And the classifier has to do with form: with one option's form for all there is nothing to tell."
+    stored = pd.read_csv(NBS / "results" / "options_alone" / "accuracy.csv", index_col="set")
+    sciq = load_questions("sciq", split="test")
+    found = options_alone(sciq)
+    assert found["questions"] == stored.questions["sciq"] and found["chance"] == pytest.approx(stored.chance["sciq"])
+    assert found["accuracy"] == pytest.approx(stored.accuracy["sciq"], abs=0.02)
+    same = options_alone([row | dict(answers=["0"], distractors=["0"]) for row in sciq.select(range(40))])
+    assert same["accuracy"] == 0.5
+
+
+def test_few_options_are_not_judged():
+    with pytest.raises(ValueError, match="9 questions have a wrong option: ten are needed"):
+        options_alone([dict(answers=["a"], distractors=["b"])] * 9 + [dict(answers=["a"], distractors=[])])
 
 
 @files
