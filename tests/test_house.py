@@ -148,6 +148,38 @@ def test_imports_stand_alone(chapter):
     assert not mixed, "\n".join(mixed)
 
 
+# The parts whose chapters are read from end to end; in part 9 and the index one looks things up.
+READS_THROUGH = re.compile(r"[124]\d_")
+reading_chapter = pytest.mark.parametrize(
+    "chapter", [c for c in CHAPTERS if READS_THROUGH.match(c.name)], ids=lambda path: path.stem
+)
+
+
+def has_figure(cell) -> bool:
+    "Whether a reader sees a picture: one that is stored, or one in the text."
+    kinds = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    in_text = cell.cell_type == "markdown" and re.search(r"<svg|```\s*\{?mermaid|!\[", cell.source)
+    return bool(kinds & {"image/png", "image/svg+xml"} or in_text)
+
+
+@reading_chapter
+def test_first_figure_comes_early(chapter):
+    "Within the first 35 % of what is written, in characters."
+    cells = NBProcessor(chapter).nb.cells
+    figures = [number for number, cell in enumerate(cells) if has_figure(cell)]
+    assert figures, "there is no figure"
+    lengths = [len(cell.source) for cell in cells]
+    before = sum(lengths[: figures[0]]) / sum(lengths)
+    assert before <= 0.35, f"the first figure, {where(cells[figures[0]])}, comes after {before:.0%}"
+
+
+@reading_chapter
+def test_chapter_ends_with_what_was_learned(chapter):
+    "The last text says what was learned, what to try, and what comes next."
+    last = [cell for cell in NBProcessor(chapter).nb.cells if cell.cell_type == "markdown"][-1].source
+    assert re.fullmatch(r"## What we learned\n.+\n## Try it\n.+\n\*\*Next\b.+", last, re.DOTALL), last
+
+
 def module_of(chapter: Path) -> str | None:
     "The module that a chapter writes."
     return next(
