@@ -86,6 +86,7 @@ def readme(notebook: Path = NBS / "index.ipynb") -> tuple[str, dict[str, bytes]]
     text = re.sub(r"<style.*?</style>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"(\]\()([^)\s:]+)(\))", from_root, text)
     text = re.sub(r'(src=")([^":]+)(")', from_root, text)
+    text = re.sub(r"(```python\n[^`]*)```\s+```python\n", r"\1", text)  # two cells with nothing between are one
     for name, alt in alts.items():
         text = text.replace(f"![png]({IMAGES}/{name}", f"![{alt or 'figure'}]({IMAGES}/{name}")
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()

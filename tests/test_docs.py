@@ -1,4 +1,4 @@
-"""Every exported name says what it does, what each argument is, and which errors it raises."""
+"""Every exported name says what it does, what each argument is, and which errors it raises; the front page is short."""
 
 import ast
 import re
@@ -280,3 +280,25 @@ def test_help_shows_what_an_argument_is():
 
     assert "teacher: the base model" in av.heal.__doc__
     assert "key: settings, model, data" in RunDirectory.open.__func__.__doc__
+
+
+# ---- the front page
+
+FRONT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def words_before(mark: str) -> int:
+    "How many words stand before the first place that a pattern finds."
+    return len(FRONT[: re.search(mark, FRONT).start()].split())
+
+
+def test_the_front_page_is_short():
+    "Words as `wc -w` counts them, with tables and code; numbers wherever a reader sees digits, in names too."
+    seen = re.sub(r"\]\([^)]*\)", "]", FRONT)
+    assert len(FRONT.split()) <= 650
+    assert len(re.findall(r"\d+(?:[.,]\d+)*", seen)) <= 60
+
+
+def test_the_front_page_comes_to_the_point():
+    assert words_before(r"!\[[^\]]*\]\([^)]*\.png\)") <= 120
+    assert words_before(r"```python\n") <= 300

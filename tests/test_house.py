@@ -75,6 +75,13 @@ def test_readme_is_the_index_notebook():
     assert stored == figures, remedy
 
 
+def test_badges_say_what_the_settings_say():
+    licence = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["license"]
+    for name, value in dict(python=f"{settings['min_python']}+", licence=licence).items():
+        badge = (NBS / "images" / f"{name}.svg").read_text(encoding="utf-8")
+        assert re.findall(">([^<]+)</text>", badge) == [name, value]
+
+
 @each_chapter
 def test_stored_outputs_are_fit_to_keep(chapter):
     problems = [f"{where(cell)} {problem}" for cell in code_cells(chapter) for problem in _run.output_problems(cell)]
@@ -246,6 +253,13 @@ def test_site_lists_every_chapter_in_order():
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     assert pages(config["website"]["sidebar"]["contents"]) == [c.name for c in CHAPTERS]
     assert (NBS / "_quarto.yml").is_symlink() and (NBS / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
+
+
+def test_results_list_every_chapter_in_order():
+    listed = NBProcessor(NBS / "93_results.ipynb").nb.cells
+    (table,) = [cell.source for cell in listed if "## The chapters" in cell.source]
+    links = re.findall(r"^\| \[[^\]]+\]\((\w+\.ipynb)\)", table, re.M)
+    assert links == [c.name for c in CHAPTERS if c.name != "index.ipynb"]
 
 
 @pytest.mark.parametrize("chapter", [c for c in CHAPTERS if "_study_" in c.name], ids=lambda c: c.stem)
