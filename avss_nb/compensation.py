@@ -517,7 +517,7 @@ def _of_all_kinds(texts: Any) -> Any:
         return texts
     if len(texts) == 1:
         warnings.warn(
-            f"all texts are of one kind, {next(iter(texts))}: a map hardly helps on others "
+            f"all texts are of one kind, {next(iter(texts))}: what is fitted to them hardly helps on others "
             "(NUMBERS); give texts of several kinds"
         )
     return [text for some in texts.values() for text in some]

@@ -348,7 +348,7 @@ def test_texts_of_one_kind_are_warned_of():
     "Given by kind they are read like a list; a scan reads them, too, and not the names of the kinds."
     model, tokenizer = of_words("llama"), small_tokenizer()
     small = prune_layers(model, [2])
-    with pytest.warns(UserWarning, match="all texts are of one kind, physics: a map hardly helps on others"):
+    with pytest.warns(UserWarning, match="all texts are of one kind, physics: what is fitted to them hardly helps"):
         one = compensate(small, tokenizer, dict(physics=TEXTS), teacher=model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
