@@ -25,7 +25,7 @@ from scipy.fft import dct
 from scipy.linalg import hadamard
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 
 from .data import Registry, as_batches
 from .hooks import block_input, hidden_state, model_inputs, read_activations, run_blocks, sublayer
@@ -516,9 +516,10 @@ def _of_all_kinds(texts: Any) -> Any:
     if not isinstance(texts, Mapping):
         return texts
     if len(texts) == 1:
+        kind = next(iter(texts))
         warnings.warn(
-            f"all texts are of one kind, {next(iter(texts))}: what is fitted to them hardly helps on others "
-            "(NUMBERS); give texts of several kinds"
+            f"all texts are of one kind, {kind}: what is fitted to them hardly helps on others, where a map left 0.7 "
+            "to 1.8 of what the layers add (removal leaves 1): give texts of several kinds"
         )
     return [text for some in texts.values() for text in some]
 
@@ -676,6 +677,7 @@ def boundary_loss(
     return ((found - wanted) * scale).pow(2).mean()
 
 # %% ../nbs/26_compensation.ipynb #67d663b0
+#| code-fold: true
 class _BlockTrainer(Trainer):
     "A Trainer of one block by `boundary_loss`."
 
@@ -695,6 +697,7 @@ class _BlockTrainer(Trainer):
         return loss
 
 # %% ../nbs/26_compensation.ipynb #1427810a
+#| code-fold: true
 def _train_block(
     model: PreTrainedModel, rows: torch.Tensor, where: dict, options: dict, on_step: Callable | None
 ) -> None:
@@ -705,7 +708,10 @@ def _train_block(
     with TemporaryDirectory() as folder, seeded_rng(options["seed"]):
         arguments = trainer_arguments(Path(folder), model, save_every=None, **options)
         dataset = [dict(input_ids=row) for row in rows]
-        _BlockTrainer(model=model, args=arguments, train_dataset=dataset, where=where, on_step=on_step).train()
+        parts = dict(model=model, args=arguments, train_dataset=dataset)
+        trainer = _BlockTrainer(**parts, where=where, on_step=on_step)
+        trainer.pop_callback(PrinterCallback)
+        trainer.train()
     for name, weight in model.named_parameters():
         weight.requires_grad_(before[name])
     model.eval()
