@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'RIDGES', 'HELD_OUT', 'LeastSquares', 'Run', 'removed_runs', 'Rows', 'BoundaryMap', 'Method', 'Scale',
            'Affine', 'Magnitudes', 'LinearPatch', 'ReplaceMe', 'DownProjection', 'run_sums', 'best_ridge', 'compensate',
-           'restore', 'scan_runs', 'easiest_run', 'boundary_loss', 'heal_block']
+           'restore', 'scan_runs', 'easiest_run', 'boundary_error', 'heal_block']
 
 # %% ../nbs/26_compensation.ipynb #4bf36289
 import warnings
@@ -659,7 +659,7 @@ def _output(model: nn.Module, layer: int, batch: dict) -> torch.Tensor:
     return found[0]
 
 # %% ../nbs/26_compensation.ipynb #15fbe7dc
-def boundary_loss(
+def boundary_error(
     model: nn.Module,  # with one block in the place of a run
     batch: dict,  # of `input_ids, attention_mask, token_mask`
     *,
@@ -679,7 +679,7 @@ def boundary_loss(
 # %% ../nbs/26_compensation.ipynb #67d663b0
 #| code-fold: true
 class _BlockTrainer(Trainer):
-    "A Trainer of one block by `boundary_loss`."
+    "A Trainer of one block by `boundary_error`."
 
     def __init__(self, *args, where: dict, on_step: Callable[[int, float], object] | None, **options):
         super().__init__(*args, **options)
@@ -688,7 +688,7 @@ class _BlockTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
         mask = torch.ones_like(ids)
-        loss = boundary_loss(model, dict(input_ids=ids, attention_mask=mask, token_mask=mask.bool()), **self.where)
+        loss = boundary_error(model, dict(input_ids=ids, attention_mask=mask, token_mask=mask.bool()), **self.where)
         if not torch.isfinite(loss):
             step = self.state.global_step
             raise FloatingPointError(f"the loss of step {step} is not finite: try a smaller learning_rate")

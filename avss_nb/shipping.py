@@ -523,8 +523,8 @@ def save_gguf(
     dtype: str = "float16",  # of matrices, or "float32"
 ) -> Path:
     """Write a pruned model as a GGUF file, like the one that its base model came from: its metadata and tokenizer, for
-    the layers that are left. ValueError for what GGUF cannot say, or cannot be told from that file; the new one is
-    read back by transformers, and is there completely or not at all."""
+    the layers that are left. ValueError for what GGUF cannot say, or that file leaves open; the new one is read back by
+    transformers, and is there completely or not at all."""
     model, path = unwrap(model), Path(path)
     _check_written(model, dtype)
     pattern = gguf_pattern(model, tokenizer, like or model.config.name_or_path)

@@ -14,7 +14,7 @@ from avss_nb.compensation import (
     METHODS,
     LeastSquares,
     Run,
-    boundary_loss,
+    boundary_error,
     compensate,
     easiest_run,
     heal_block,
@@ -304,7 +304,7 @@ def test_one_block_learns_to_stand_for_a_run(family, tmp_path):
     where = dict(layer=1, teacher=model, run=Run(1, 3, 1))
     other = batch_of(20, 16, seed=3)
     with torch.no_grad():
-        left = [float(boundary_loss(part, other, **where)) for part in (found, untrained)]
+        left = [float(boundary_error(part, other, **where)) for part in (found, untrained)]
     assert left[0] < 0.9 * left[1] and losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(weight, before[name]) and weight.requires_grad for name, weight in model.named_parameters())
     assert all(weight.requires_grad for weight in found.parameters()) and not found.training
@@ -322,13 +322,13 @@ def test_the_error_at_the_boundary_by_hand():
             run(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True).hidden_states[i]
             for run, i in ((small, 2), (model, 3))
         )
-        found = boundary_loss(small, batch, layer=1, teacher=model, run=Run(1, 2, 1))
+        found = boundary_error(small, batch, layer=1, teacher=model, run=Run(1, 2, 1))
         x, y = x[batch["token_mask"]], y[batch["token_mask"]]
         wanted = ((x - y) / y.pow(2).mean(1, keepdim=True).sqrt()).pow(2).mean()
         torch.testing.assert_close(found, wanted)
-        plain = boundary_loss(small, batch, layer=1, teacher=model, run=Run(1, 2, 1), relative=False)
+        plain = boundary_error(small, batch, layer=1, teacher=model, run=Run(1, 2, 1), relative=False)
         torch.testing.assert_close(plain, (x - y).pow(2).mean())
-        assert boundary_loss(model, batch, layer=2, teacher=model, run=Run(1, 2, 1)) == 0
+        assert boundary_error(model, batch, layer=2, teacher=model, run=Run(1, 2, 1)) == 0
 
 
 def test_a_block_that_cannot_stand_in_is_refused():
