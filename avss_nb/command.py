@@ -122,7 +122,8 @@ def _prune(options: Namespace) -> int:
         return _plan(options, ("reading layers", "removing layers", "healing"), n_choices=2)
     from avss_nb.shipping import prune_to_folder
 
-    named = dict(out=options.out, score=options.score, scores=options.scores, repair=options.repair)
+    named = dict(out=options.out, score=options.score, scores=options.scores)
+    named |= dict(repair=options.repair, gguf=options.gguf)
     out = prune_to_folder(**named, trust_remote_code=options.trust_remote_code, **_settings(options))
     print(f"The pruned model: {out}")
     return 0
@@ -246,6 +247,8 @@ def _add_prune(commands):
     parser.add_argument("--scores", help="a CSV file with the columns layer and that of --score, instead of measuring")
     words = "take the neighbouring layers that a linear map replaces best, and fold the map into the weights"
     parser.add_argument("--repair", action="store_true", help=words)
+    words = "also write the model to this new GGUF file (float16), where it came from one"
+    parser.add_argument("--gguf", metavar="FILE", help=words)
     parser.set_defaults(run=_prune)
 
 # %% ../nbs/53_command.ipynb #ff1221e3

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIONAL_MODELS', 'KNOWN_MODELS', 'bundled_gguf', 'bundled_encoder', 'cache_folder', 'atomic_write', 'one_line',
-           'reason', 'convert_gguf', 'fetched_gguf', 'resolve_model', 'unwrap', 'check_merged', 'uncompiled',
-           'measuring', 'check_tokenizer', 'load_model', 'content_key', 'model_key', 'text_config', 'blocks',
-           'shared_copy', 'explain_arguments']
+           'reason', 'convert_gguf', 'fetched_gguf', 'source_gguf', 'resolve_model', 'unwrap', 'check_merged',
+           'uncompiled', 'measuring', 'check_tokenizer', 'load_model', 'content_key', 'model_key', 'text_config',
+           'blocks', 'shared_copy', 'explain_arguments']
 
 # %% ../nbs/10_models.ipynb #1053c450
 import ast
@@ -191,6 +191,9 @@ def _convert_to(gguf: Path, folder: Path) -> None:
     _save_complete(parts, folder)
 
 # %% ../nbs/10_models.ipynb #8f01e66d
+_CONVERTED: dict[str, Path] = {}  # by folder: the GGUF file that this process knows it to be made of
+
+
 def convert_gguf(
     gguf: str | Path,  # a GGUF file
     *,
@@ -204,6 +207,7 @@ def convert_gguf(
     with open(gguf, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     folder = cache / f"{gguf.stem}-{digest}"
+    _CONVERTED[str(folder)] = gguf
     if _is_complete(folder):
         return folder
     _make_writable(cache)
@@ -222,12 +226,22 @@ def fetched_gguf(
     file = cache_folder() / "fetched" / OPTIONAL_MODELS[name]["file"]
     return file if file.is_file() else None
 
+# %% ../nbs/10_models.ipynb #7d45619f
+def source_gguf(
+    name_or_path: str | Path,  # as in `load_model`, or the `config.name_or_path` of a model that it gave
+) -> Path | None:
+    "The GGUF file that a model comes from, or None where none is known."
+    path, name = Path(os.path.expanduser(name_or_path)), str(name_or_path)
+    if path.suffix == ".gguf":
+        return path if path.is_file() else None
+    return _CONVERTED.get(name) or (bundled_gguf() if name == "smollm2-135m" else fetched_gguf(name))
+
 
 def _at_hand(name: str) -> Path | None:
     "The folder of a model that `pip` brought or that was fetched, or None when it is not here."
     if name == "minilm-l6":
         return bundled_encoder()
-    gguf = bundled_gguf() if name == "smollm2-135m" else fetched_gguf(name)
+    gguf = source_gguf(name)
     return convert_gguf(gguf) if gguf else None
 
 # %% ../nbs/10_models.ipynb #594ae8ef

@@ -12,8 +12,11 @@ import avss_nb
 from avss_nb.compensation import (
     METHODS,
     LeastSquares,
+    Run,
+    boundary_error,
     compensate,
     easiest_run,
+    heal_block,
     removed_runs,
     restore,
     run_sums,
@@ -281,3 +284,83 @@ def test_a_map_that_accelerate_would_pass_by_is_refused(tmp_path):
     with pytest.raises(ValueError, match="layer 2 is moved by accelerate, .* leave device_map out"):
         restore(stock, tmp_path)
     torch.testing.assert_close(logits(cpu_offload(repaired, execution_device="cpu"), made(1)[0]), wanted)
+
+
+TEXTS = [f"Water number {i} boils at {i * 7} degrees, and ice floats on it in winter." for i in range(60)]
+
+
+def of_words(family: str, **changes):
+    "A tiny model that reads the small tokenizer's tokens."
+    return tiny(family, vocab_size=len(small_tokenizer()), **changes)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_one_block_learns_to_stand_for_a_run(family, tmp_path):
+    "The error at the boundary falls; all other weights are the base model's; the library alone reloads it."
+    model, losses = of_words(family), []
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    settings = dict(teacher=model, steps=25, max_length=16, learning_rate=1e-2)
+    settings |= dict(on_step=lambda step, loss: losses.append(loss))
+    found = heal_block(prune_layers(model, [1, 2, 3]), small_tokenizer(), TEXTS, **settings)
+    untrained = prune_layers(model, [2, 3])
+    own, theirs = found.state_dict(), untrained.state_dict()
+    changed = [name for name in own if not torch.equal(own[name], theirs[name])]
+    assert changed and all(".layers.1." in name for name in changed) and len(blocks(found)) == 3
+    where = dict(layer=1, teacher=model, run=Run(1, 3, 1))
+    other = batch_of(20, 16, seed=3)
+    with torch.no_grad():
+        left = [float(boundary_error(part, other, **where)) for part in (found, untrained)]
+    assert left[0] < 0.9 * left[1] and losses[-1] < 0.8 * losses[0]
+    assert all(torch.equal(weight, before[name]) and weight.requires_grad for name, weight in model.named_parameters())
+    assert all(weight.requires_grad for weight in found.parameters()) and not found.training
+    found.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, other), logits(found, other))
+
+
+def test_the_error_at_the_boundary_by_hand():
+    "Padding does not count, and a block of the base model in its own place is exact."
+    model = tiny("llama")
+    small, batch = prune_layers(model, [2]), batch_of(9, 5)
+    with torch.no_grad():
+        x, y = (
+            run(batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True).hidden_states[i]
+            for run, i in ((small, 2), (model, 3))
+        )
+        found = boundary_error(small, batch, layer=1, teacher=model, run=Run(1, 2, 1))
+        x, y = x[batch["token_mask"]], y[batch["token_mask"]]
+        wanted = ((x - y) / y.pow(2).mean(1, keepdim=True).sqrt()).pow(2).mean()
+        torch.testing.assert_close(found, wanted)
+        plain = boundary_error(small, batch, layer=1, teacher=model, run=Run(1, 2, 1), relative=False)
+        torch.testing.assert_close(plain, (x - y).pow(2).mean())
+        assert boundary_error(model, batch, layer=2, teacher=model, run=Run(1, 2, 1)) == 0
+
+
+def test_a_block_that_cannot_stand_in_is_refused():
+    model, tokenizer = of_words("llama"), small_tokenizer()
+    for layers, reason in (([2], "layer 2 is out alone"), ([3, 4], "nothing follows layer 4")):
+        with pytest.raises(ValueError, match=reason):
+            heal_block(prune_layers(model, layers), tokenizer, TEXTS, teacher=model)
+    with pytest.raises(ValueError, match="training text is too short"):
+        heal_block(prune_layers(model, [1, 2]), tokenizer, TEXTS[:1], teacher=model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match="not finite"):
+        heal_block(prune_layers(model, [1, 2]), tokenizer, TEXTS, teacher=model, max_length=16)
+
+
+def test_texts_of_one_kind_are_warned_of():
+    "Given by kind they are read like a list; a scan reads them, too, and not the names of the kinds."
+    model, tokenizer = of_words("llama"), small_tokenizer()
+    small = prune_layers(model, [2])
+    with pytest.warns(UserWarning, match="all texts are of one kind, physics: what is fitted to them hardly helps"):
+        one = compensate(small, tokenizer, dict(physics=TEXTS), teacher=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two = compensate(small, tokenizer, dict(odd=TEXTS[::2], even=TEXTS[1::2]), teacher=model)
+        plain = compensate(small, tokenizer, [*TEXTS[::2], *TEXTS[1::2]], teacher=model)
+        scans = [scan_runs(model, tokenizer, texts, n=2) for texts in (dict(odd=TEXTS[::2], even=TEXTS[1::2]), TEXTS)]
+    ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(two(ids).logits, plain(ids).logits) and not torch.equal(one(ids).logits, small(ids).logits)
+    assert scans[0].shape == scans[1].shape and (scans[0] / scans[1]).stack().between(0.5, 2).all()
