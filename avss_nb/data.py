@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['QUESTION', 'SENTENCE', 'Entry', 'QUESTIONS', 'SENTENCES', 'TEXTS', 'Row', 'Places', 'Columns', 'Window', 'folded',
            'Registry', 'Reader', 'split_part', 'check_row', 'read_rows', 'data_folder', 'local_file', 'from_hub',
-           'load_questions', 'load_sentences', 'load_text', 'encode_text', 'encode_pair', 'warn_without_bos', 'Batches',
-           'batch_rows', 'batches', 'TextTooLong', 'model_window', 'check_tokens', 'as_batches', 'question_key',
-           'folded_answer', 'distractor_kinds', 'split_half']
+           'load_questions', 'load_sentences', 'load_text', 'encode_text', 'encode_pair', 'warn_without_bos',
+           'listed_texts', 'Batches', 'batch_rows', 'batches', 'TextTooLong', 'model_window', 'check_tokens',
+           'as_batches', 'question_key', 'folded_answer', 'distractor_kinds', 'split_half']
 
 # %% ../nbs/12_data.ipynb #c4ff8978
 import csv
@@ -635,12 +635,22 @@ def warn_without_bos(
 Window = tuple[int, list[int]]  # (text index, token ids)
 
 # %% ../nbs/12_data.ipynb #3796f66c
-def _check_texts(texts: Sequence[str], overflow: str) -> None:
-    "ValueError for what is no list of texts, or no way to treat long ones."
+def listed_texts(
+    texts: Iterable[str],
+) -> list[str]:
+    "Texts as a list; ValueError for one string, a mapping, whose keys would be read, and for no text."
     if isinstance(texts, str):
         raise ValueError("`texts` is one string: give a list of strings")
-    if not len(texts):
+    if isinstance(texts, Mapping):
+        raise ValueError("`texts` is a mapping, and its keys are no texts: give a list of strings")
+    if not (texts := list(texts)):
         raise ValueError("there is no text: `texts` is empty")
+    return texts
+
+
+def _check_texts(texts: Sequence[str], overflow: str) -> None:
+    "ValueError for what is no list of texts, or no way to treat long ones."
+    listed_texts(texts)
     if overflow not in ("split", "truncate"):
         raise ValueError(f"overflow is 'split' or 'truncate', not {overflow!r}")
 
@@ -853,7 +863,7 @@ def as_batches(
     cannot take; TypeError for options where nothing is made."""
     made: Any = tokenizer
     if texts is not None:
-        made = batches(texts if isinstance(texts, str) else list(texts), tokenizer, **options)
+        made = batches(listed_texts(texts), tokenizer, **options)
     elif isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError("a tokenizer needs texts: give `texts`, or batches in place of the tokenizer")
     elif options:

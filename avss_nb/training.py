@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
-from .data import encode_text
+from .data import encode_text, listed_texts
 from .models import check_merged, explain_arguments, shared_copy, unwrap
 
 if TYPE_CHECKING:
@@ -37,10 +37,7 @@ def pack_texts(
     batch_size: int,  # rows that there must be at least
 ) -> torch.Tensor:  # (rows, max_length) token ids
     "Texts as rows of equal length; ValueError where they do not fill one batch."
-    if isinstance(texts, str):
-        raise ValueError("`texts` is one string: give a list of strings")
-    if not (texts := list(texts)):
-        raise ValueError("there is no text to train on: `texts` is empty")
+    texts = listed_texts(texts)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [i for text in texts for i in (*encode_text(tokenizer, text), *end)]
     if (n := len(ids) // max_length) < batch_size:

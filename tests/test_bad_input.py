@@ -337,6 +337,7 @@ def tokenizer(model_folder):
         (["ab", " "], "text 1"),
         (["ab", "\n\t "], "text 1"),
         ("ab", "one string"),
+        (dict(pydoc=["ab"]), "a mapping, and its keys are no texts"),
     ],
 )
 def test_empty_text(tokenizer, texts, named):
