@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from avss_nb.data import (
@@ -30,8 +29,12 @@ from avss_nb.data import (
     read_rows,
     split_part,
 )
-from .intervals import bootstrap_interval
 from .models import explain_arguments
+
+# %% ../nbs/90_benchmarks.ipynb #7434928c
+import numpy as np
+
+from .intervals import bootstrap_interval
 
 # %% ../nbs/90_benchmarks.ipynb #5201b808
 def _raw(id: str, question: str, answers: list[str], distractors: Iterable[str] = (), context: str = "") -> dict:

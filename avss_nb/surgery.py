@@ -391,8 +391,8 @@ def _differs(small: nn.Module, what: str) -> ValueError:
     "The error of a model whose config does not describe it."
     if hasattr(small.config, "quantization_config"):
         return ValueError(
-            f"the weights of this {type(small).__name__} are quantised: load it unquantised, remove the layers, save it, "
-            "and quantise what was saved"
+            f"the weights of this {type(small).__name__} are quantised: load it unquantised, remove the layers, "
+            "save it, and quantise what was saved"
         )
     return ValueError(f"{type(small).__name__} cannot lose these layers: its config would not bring back {what}")
 

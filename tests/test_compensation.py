@@ -30,6 +30,7 @@ from avss_nb.surgery import prune_layers, skip_layers
 from tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, batch_of, one_thread, small_tokenizer, tiny
 
 CAUSAL = [f for f in (*FAMILIES, *MORE_FAMILIES) if f not in ("bert", "distilbert", "t5")]
+QUICK = ("llama", "gpt2", "gpt_neox", "gemma2", "mamba")
 NORM_BEHIND = ["gemma3_text", "gemma2", "olmo2"]  # between the down-projection and the stream
 NO_MLP = ["mamba", "mixtral", "qwen3_moe"]
 FOLDED = ["replace_me", "down_projection"]
@@ -63,7 +64,9 @@ def off(model, teacher) -> float:
     return float(np.mean([(logits(model, b) - logits(teacher, b)).float().pow(2).mean() for b in texts]))
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize(
+    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in CAUSAL]
+)
 @pytest.mark.parametrize("method", ["affine", *FOLDED])
 def test_it_comes_back_from_its_folder(family, method, tmp_path):
     "Folded maps by the library alone, others with `load_model`; and without padding as with it."

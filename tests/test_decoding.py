@@ -367,7 +367,10 @@ FINE = (np.arange(10_000) + 0.5) / 10_000
 
 @pytest.mark.parametrize("confidence", [0.8, pytest.param(0.95, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", RISKS)
-@pytest.mark.parametrize("grid", [None, np.linspace(0.05, 1, 20)], ids=["by number", "grid"])
+@pytest.mark.parametrize(
+    "grid",
+    [pytest.param(None, id="by number", marks=pytest.mark.slow), pytest.param(np.linspace(0.05, 1, 20), id="grid")],
+)
 def test_the_promise_is_kept(kind, confidence, grid):
     "Of 300 calibration sets the true risk is above the one asked for in no more than 1 − confidence, but for luck."
     violation_rate, n, risk = 0, 300, 0.3

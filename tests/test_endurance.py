@@ -535,6 +535,7 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
     assert files(tmp_path) == []
 
 
+@slow
 def test_a_folder_whose_note_was_being_written(tmp_path):
     "Killed at its first file: the folder is that run's."
     code = """

@@ -101,7 +101,16 @@ def field(path, key: str):
     return GGUFReader(path).fields[key].contents()
 
 
-@pytest.mark.parametrize("family, layers", [(f, [1, 3]) for f in FAMILIES] + [("gemma2", [1, 2]), ("lfm2", [1, 2])])
+LONG = [("qwen2", [1, 3]), ("gpt2", [1, 3]), ("gemma2", [1, 3]), ("lfm2", [1, 2])]
+CUTS = [
+    ("llama", [1, 3]),
+    ("gemma2", [1, 2]),
+    ("lfm2", [1, 3]),
+    *(pytest.param(*cut, marks=pytest.mark.slow) for cut in LONG),
+]
+
+
+@pytest.mark.parametrize("family, layers", CUTS)
 def test_it_is_read_back(cache, tmp_path, family, layers):
     "To the last bit in float32, as near as its numbers are in float16."
     base, tokenizer = loaded(tmp_path, family)

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ settings.read(ROOT / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
 
 
+@cache
 def code_cells(chapter: Path) -> list:
     "The code cells of a notebook, each with its directives."
     return [c for c in NBProcessor(chapter).nb.cells if c.cell_type == "code"]

@@ -260,6 +260,7 @@ def test_report_reads_well_in_a_browser(finished, browser):
     )
 
 
+@pytest.mark.slow
 def test_second_run_measures_nothing_again(finished, model_folder):
     out, _ = finished
     stamps = {p: p.stat().st_mtime_ns for p in out.rglob("*.csv")}

@@ -414,6 +414,7 @@ def test_two_processes_lose_nothing(tmp_path):
     assert all(len(set(file.read_text())) == 1 and file.stat().st_size == 1000 for file in tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_left_is_removed(tmp_path):
     code = """
 import os, sys

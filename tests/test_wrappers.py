@@ -91,8 +91,8 @@ def plain():
 
 
 def is_long(wrapper: str, family: str) -> bool:
-    "Whether a combination waits for the long run: of the compiled ones, two stand for all."
-    return wrapper == "compiled" or wrapper in COMPILED and family == "gpt2"
+    "Whether a combination waits for the long run: of the compiled ones, the one with all wrappers stands for all."
+    return wrapper in COMPILED and (family == "gpt2" or wrapper != "compiled_lora_parallel")
 
 
 @pytest.mark.parametrize(
