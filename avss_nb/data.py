@@ -647,13 +647,6 @@ def listed_texts(
         raise ValueError("there is no text: `texts` is empty")
     return texts
 
-
-def _check_texts(texts: Sequence[str], overflow: str) -> None:
-    "ValueError for what is no list of texts, or no way to treat long ones."
-    listed_texts(texts)
-    if overflow not in ("split", "truncate"):
-        raise ValueError(f"overflow is 'split' or 'truncate', not {overflow!r}")
-
 # %% ../nbs/12_data.ipynb #50181067
 def _text_windows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, bos: bool | None) -> list[list[int]]:
     "The windows of a text, none where it has no token of its own; ValueError for windows that hold no token of it."
@@ -669,12 +662,13 @@ def _text_windows(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int
 
 # %% ../nbs/12_data.ipynb #bbe08095
 def _windows(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, overflow: str, bos: bool | None
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, overflow: str, bos: bool | None
 ) -> list[Window]:
-    "The windows of all texts; ValueError naming the first text that has no token."
-    _check_texts(texts, overflow)
+    "The windows of all texts; ValueError naming the first text that has no token, or for another `overflow`."
+    if overflow not in ("split", "truncate"):
+        raise ValueError(f"overflow is 'split' or 'truncate', not {overflow!r}")
     windows: list[Window] = []
-    for i, text in enumerate(texts):
+    for i, text in enumerate(listed_texts(texts)):
         parts = _text_windows(tokenizer, text, max_length, bos)
         if not parts:
             raise ValueError(f"text {i} is empty: it has no token of its own")
@@ -768,7 +762,7 @@ def batch_rows(
 
 # %% ../nbs/12_data.ipynb #8562f2c2
 def batches(
-    texts: Sequence[str],  # none of them empty
+    texts: Iterable[str],  # none of them empty
     tokenizer: PreTrainedTokenizerBase,  # with a pad token
     *,
     max_length: int = 256,  # tokens per window
@@ -863,7 +857,7 @@ def as_batches(
     cannot take; TypeError for options where nothing is made."""
     made: Any = tokenizer
     if texts is not None:
-        made = batches(listed_texts(texts), tokenizer, **options)
+        made = batches(texts, tokenizer, **options)
     elif isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError("a tokenizer needs texts: give `texts`, or batches in place of the tokenizer")
     elif options:

@@ -346,6 +346,11 @@ def test_empty_text(tokenizer, texts, named):
     one_line(error, named)
 
 
+def test_texts_that_are_read_once(tokenizer):
+    listed, once = (list(batches(texts, tokenizer)) for texts in (["ab", "ba"], iter(["ab", "ba"])))
+    assert [b["input_ids"].tolist() for b in once] == [b["input_ids"].tolist() for b in listed]
+
+
 def test_text_shorter_than_one_token(tokenizer):
     "A text of which nothing is left but special tokens."
     with pytest.raises(ValueError) as error:
